@@ -1,0 +1,1 @@
+"""Byte sources by transport and format, with retry, identity and policy."""

@@ -1,0 +1,1 @@
+"""One virtual disk: joins an image and its backing."""

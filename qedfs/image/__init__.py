@@ -1,0 +1,1 @@
+"""QED images: structures, allocation, commit, check."""

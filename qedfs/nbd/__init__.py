@@ -1,0 +1,1 @@
+"""The NBD protocol, both sides, and the read-only server."""

@@ -1,0 +1,1 @@
+"""Status records and how they are shown."""
