@@ -27,6 +27,7 @@ _STRUCT = struct.Struct("<4sIIIQQQQQII")
 class Feature(IntFlag):
     """Incompatible feature bits; an image with any other is refused, read-only too."""
 
+    NONE = 0x0
     BACKING_FILE = 0x1
     NEED_CHECK = 0x2
     NO_PROBE = 0x4
@@ -40,7 +41,7 @@ class Header:
     image_size: int
     l1_table_offset: int
     header_size: int = 1
-    features: Feature = Feature(0)
+    features: Feature = Feature.NONE
     compat_features: int = 0
     autoclear_features: int = 0
     backing_name_offset: int = 0
@@ -81,7 +82,7 @@ class Header:
         """Whether the backing must never be probed. Meaningful only with a backing."""
         return Feature.NO_PROBE in self.features
 
-    def with_features(self, *, add: Feature = Feature(0), remove: Feature = Feature(0)) -> Header:
+    def with_features(self, *, add: Feature = Feature.NONE, remove: Feature = Feature.NONE) -> Header:
         return replace(self, features=(self.features | add) & ~remove)
 
     def with_backing(self, name_size: int, *, raw: bool) -> Header:
