@@ -1,0 +1,154 @@
+"""What holds for every test: the tools are there, no unexpected warning is logged, no mount is left behind.
+
+Time limits are in setup.cfg. Choose how hypothesis searches by the environment, `HYPOTHESIS_PROFILE=ci|dev|long`:
+`ci` (the default) is the same in every run, `dev` draws new examples, `long` draws many.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import HealthCheck, settings
+
+# The programs that judge qedfs. Without them most tests could only be skipped, which would look like success.
+TOOLS = (
+    *("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon", "qemu-system-x86_64"),
+    *("nbdkit", "nbdcopy", "nbdinfo", "fio", "strace", "fusermount3", "getfattr", "setfattr", "mke2fs"),
+)
+
+# No deadline anywhere: examples do real I/O on machines that do other things too.
+_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=_SLOW_IS_FINE)
+settings.register_profile("dev", deadline=None, suppress_health_check=_SLOW_IS_FINE)
+settings.register_profile("long", deadline=None, max_examples=5000, suppress_health_check=_SLOW_IS_FINE)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure() -> None:
+    """Refuse to run without the tools, in one line."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    missing = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
+    if not os.path.exists("/dev/fuse"):
+        missing.append("/dev/fuse")
+    if missing:
+        raise pytest.UsageError(f"missing: {', '.join(missing)} (`sh contrib/test.sh` installs what the tests need)")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Give an async test a limit of its own, a little below pytest's.
+
+    Trio then cancels it in good order: the error points at the `await` that hangs and the fixtures still end their
+    servers and mounts. The signal behind pytest's limit would break trio's loop; it remains for tests that block the thread.
+    Tests on a virtual clock are left out: their hours pass in no time.
+    """
+    if not isinstance(item, pytest.Function) or {"autojump_clock", "mock_clock"} & set(item.fixturenames):
+        return
+    marker = item.get_closest_marker("timeout")
+    timeout = float(marker.args[0] if marker and marker.args else item.config.getini("timeout"))
+    if hypothesis := getattr(item.obj, "hypothesis", None):
+        # One example of many: an example that hangs is run again to shrink and to report it.
+        hypothesis.inner_test = _limited(hypothesis.inner_test, 0.2 * timeout)
+    else:
+        item.obj = _limited(item.obj, 0.9 * timeout)
+
+
+def _limited(test: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    if not inspect.iscoroutinefunction(test):
+        return test
+
+    @functools.wraps(test)
+    async def limited(*args: Any, **kwargs: Any) -> None:
+        with trio.fail_after(seconds):
+            await test(*args, **kwargs)
+
+    return limited
+
+
+class _WarningLog(logging.Handler):
+    """Collects the records of one test at WARNING or above and strikes out those that the test expects."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._records: list[str] = []
+        self._expected: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.levelname} {record.name}: {record.getMessage()}"
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        self._records.append(text)
+
+    def expect(self, pattern: str) -> None:
+        self._expected.append(pattern)
+
+    def complaints(self) -> list[str]:
+        """What was logged and not expected, and what was expected and not logged."""
+        unexpected = [text for text in self._records if not any(re.search(p, text) for p in self._expected)]
+        never_came = [p for p in self._expected if not any(re.search(p, text) for text in self._records)]
+        return [f"unexpected: {text}" for text in unexpected] + [f"never came: {p}" for p in never_came]
+
+
+@pytest.fixture(autouse=True)
+def _warning_log() -> Iterator[_WarningLog]:
+    """Fails a test in which something warned: a warning is news for an operator, so it is part of the behaviour."""
+    handler = _WarningLog()
+    logging.getLogger().addHandler(handler)
+    yield handler
+    logging.getLogger().removeHandler(handler)
+    if complaints := handler.complaints():
+        pytest.fail("log: " + "\n     ".join(complaints), pytrace=False)
+
+
+@pytest.fixture
+def expected_warnings(_warning_log: _WarningLog) -> Callable[[str], None]:
+    """Call it with a regular expression to announce a log record; the test fails if the record never comes.
+
+    The pattern is searched in `LEVEL logger: message`, followed by the traceback if the record has one.
+    """
+    return _warning_log.expect
+
+
+def _mounts_below(folder: Path) -> set[str]:
+    """The mountpoints below `folder`: only ours, as others may mount things on this machine meanwhile."""
+    mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape")
+    # Octal escapes stand for the blanks of a path (proc(5), fstab(5)); pytest's folders have none that matter here.
+    points = [line.split(" ")[1].replace("\\040", " ") for line in mounts.splitlines()]
+    return {point for point in points if point.startswith(f"{folder}/")}
+
+
+def _refuse_mounts_left(left: set[str]) -> None:
+    """Detach the mounts that are `left`, so that nothing hangs on them, and fail."""
+    for point in sorted(left, reverse=True):
+        subprocess.run(["fusermount3", "-u", "-z", "--", point], check=False, timeout=30)
+    if left:
+        pytest.fail(f"left mounted: {', '.join(sorted(left))}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def _temporary_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp().resolve()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_mount_outlives_the_run(_temporary_root: Path) -> Iterator[None]:
+    """For the mounts of fixtures that serve a whole module or session."""
+    yield
+    _refuse_mounts_left(_mounts_below(_temporary_root))
+
+
+@pytest.fixture(autouse=True)
+def _no_mount_outlives_its_test(_temporary_root: Path, _no_mount_outlives_the_run: None) -> Iterator[None]:
+    before = _mounts_below(_temporary_root)
+    yield
+    _refuse_mounts_left(_mounts_below(_temporary_root) - before)
