@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"missing: {', '.join(missing)} (`sh contrib/test.sh` installs what the tests need)")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Give an async test a limit of its own, a little below pytest's.
 
     Trio then cancels it in good order: the error points at the `await` that hangs and the fixtures still end their
@@ -53,23 +55,29 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     Tests on a virtual clock are left out: their hours pass in no time.
     """
     if not isinstance(item, pytest.Function) or {"autojump_clock", "mock_clock"} & set(item.fixturenames):
-        return
+        return (yield)
     marker = item.get_closest_marker("timeout")
     timeout = float(marker.args[0] if marker and marker.args else item.config.getini("timeout"))
-    if hypothesis := getattr(item.obj, "hypothesis", None):
-        # One example of many: an example that hangs is run again to shrink and to report it.
-        hypothesis.inner_test = _limited(hypothesis.inner_test, 0.2 * timeout)
-    else:
-        item.obj = _limited(item.obj, 0.9 * timeout)
+    holder, name = (item.obj.hypothesis, "inner_test") if hasattr(item.obj, "hypothesis") else (item, "obj")
+    test = getattr(holder, name)
+    setattr(holder, name, _limited(test, 0.9 * timeout))
+    try:
+        return (yield)
+    finally:
+        setattr(holder, name, test)
 
 
 def _limited(test: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """Return `test`, cancelled when `seconds` have passed since its first call (hypothesis calls it many times)."""
     if not inspect.iscoroutinefunction(test):
         return test
+    end: float | None = None
 
     @functools.wraps(test)
     async def limited(*args: Any, **kwargs: Any) -> None:
-        with trio.fail_after(seconds):
+        nonlocal end
+        end = end or time.monotonic() + seconds
+        with trio.fail_after(max(0, end - time.monotonic())):
             await test(*args, **kwargs)
 
     return limited
