@@ -1,0 +1,47 @@
+#!/bin/sh
+# Check everything, on a desk as in CI: install what is missing, then format, lint, types and all tests.
+#
+# Usage: sh contrib/test.sh [argument of pytest]...
+# Environment: as for demo.sh. Ends at the first stage that fails.
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
+. "$root/contrib/setup.sh"
+
+# stage TITLE COMMAND...
+stage() {
+    title=$1
+    shift
+    section "$title"
+    "$@" || die "failed: $title"
+}
+
+versions() {
+    printf '%-22s %s\n' kernel "$(uname -r)" cores "$(nproc)" python "$(python -V)"
+    python -c 'from importlib.metadata import version
+for name in ("pyfuse3", "trio", "numpy", "pytest", "hypothesis"): print(f"{name:22} {version(name)}")'
+    for tool in qemu-img qemu-io qemu-nbd qemu-storage-daemon qemu-system-x86_64 nbdkit nbdcopy fio fusermount3 strace; do
+        printf '%-22s %s\n' "$tool" "$("$tool" --version 2>&1 | head -n 1)"
+    done
+}
+
+cd "$root"
+# The boot test brings its own list. qemu-system-common has qemu-storage-daemon.
+# shellcheck disable=SC2046  # one package a line
+need_packages fuse3 attr fio libnbd-bin qemu-system-common shellcheck strace $(cat contrib/boot/packages)
+# The boot test has apt download a kernel, for which apt must know one.
+! command -v apt-cache >/dev/null || apt-cache show busybox-static >/dev/null 2>&1 || update_lists
+need_fuse_device
+need_venv
+need_qedfs test
+# Tests and tools find this qedfs and this Python; mke2fs is where only root looks.
+PATH=$venv/bin:$PATH:/usr/sbin:/sbin
+export PATH
+
+stage Versions versions
+stage "Shell scripts" shellcheck -x contrib/*.sh .ci/run
+stage Format ruff format --check .
+stage Lint ruff check .
+stage Types mypy
+section Tests
+# Last, so that the last line is pytest's own summary.
+exec python -m pytest "$@"
