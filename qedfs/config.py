@@ -1,14 +1,16 @@
-"""Option records, and how sizes, rates and durations are written.
+"""Option records, and how sizes, rates, durations and the text after `-o` are written.
 
 Numbers of bytes take the suffixes `k M G T` (powers of 1024) everywhere; durations take `s m h d`.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from qedfs.errors import UsageError
 
@@ -79,9 +81,189 @@ def parse_choice(kind: type[E], text: str, what: str) -> E:
     raise UsageError(what, f"'{text}' is none of {', '.join(str(m.value) for m in kind)}")
 
 
+def parse_count(text: str, what: str, low: int, high: int) -> int:
+    """Return the whole number that `text` says, from `low` to `high`."""
+    if text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high:
+        return int(text)
+    raise UsageError(what, f"'{text}' is not a whole number from {low} to {high}")
+
+
 @dataclass(frozen=True)
 class Reserve:
     """Room on the leaf's file system that copies leave free, in bytes or in percent of the file system."""
 
     size: int | None = None
     percent: float | None = None
+
+
+def parse_reserve(text: str, what: str) -> Reserve:
+    """Return the reserve that `text` says: `2G`, or `10%`."""
+    match = _PERCENT.fullmatch(text.strip())
+    if not match:
+        return Reserve(size=parse_size(text, what))
+    if float(match[1]) > 100:
+        raise UsageError(what, f"'{text}' is more than all of the file system")
+    return Reserve(percent=float(match[1]))
+
+
+@dataclass(frozen=True)
+class DiskOptions:
+    """How one disk behaves. Sizes are in bytes, times in seconds; a time of None is without end."""
+
+    mode: Mode | None = None
+    """None: as stored in the leaf, else `Mode.COR`."""
+    readahead: int = 4 << 20
+    """Most that a sequential miss fetches beyond what the guest asked for. 4 MiB hides 30 ms of round trip at 1 Gbit/s."""
+    backing_timeout: float | None = 60.0
+    """How long a read waits for an unreachable backing. Below the two minutes after which guests suspect their disk."""
+    write_timeout: float | None = None
+    """The same for a write. Without end: the kernel drops a cached write that is refused."""
+    reserve: Reserve | None = None
+    """None: the larger of 1 GiB and 5 %, at most half of what was free at mount."""
+    window: int = 32 << 20
+    """Most data in flight per backing: 1 Gbit/s over a quarter of a second."""
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """When and how fast the background copies. Rates are in bytes per second."""
+
+    rate: int = 0
+    """Cap; 0 for none."""
+    floor: int = 1 << 20
+    """Kept even when the machine is busy, so that streaming always ends; 0: idle time only."""
+    finish_by: float | None = None
+    """Seconds within which everything should be copied."""
+    idle: Idle = Idle.AUTO
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """Everything that `-o` can say (interface, "Mount options"). Made by `parse_mount_options`."""
+
+    disk: DiskOptions = DiskOptions()
+    stream: StreamOptions = StreamOptions()
+    read_only: bool = False
+    allow_other: bool = False
+    allow_root: bool = False
+    trust_backing: bool = False
+    allow_backing: tuple[str, ...] = ()
+    connections: int = 4
+    """Per backing; more than a server allows are not opened. Four fill a long link without tuned TCP buffers."""
+    direct_io: DirectIO = DirectIO.AUTO
+    poll: int = 30
+    """Microseconds of adaptive polling for the next request; 0 for none. Longer gains nothing on a busy mount."""
+
+
+class _Option(NamedTuple):
+    """Where the value of one mount option goes and how it is read from its text; a `parse` of None: it takes no value."""
+
+    record: str
+    field: str
+    parse: Callable[[str, str], Any] | None = None
+
+
+def _choice(kind: type[Enum]) -> Callable[[str, str], Enum]:
+    return lambda text, what: parse_choice(kind, text, what)
+
+
+def _between(low: int, high: int) -> Callable[[str, str], int]:
+    return lambda text, what: parse_count(text, what, low, high)
+
+
+def _sized(low: int, high: int) -> Callable[[str, str], int]:
+    def parse(text: str, what: str) -> int:
+        size = parse_size(text, what)
+        if not low <= size <= high:
+            raise UsageError(what, f"'{text}' is not between {low} and {high} bytes")
+        return size
+
+    return parse
+
+
+def _timeout(text: str, what: str) -> float | None:
+    return parse_duration(text, what) or None  # 0 waits for ever
+
+
+def _boot_profile(text: str, what: str) -> None:
+    if text not in ("auto", "off"):
+        raise UsageError(what, "a file is not supported yet")
+
+
+_OPTIONS: Mapping[str, _Option] = {
+    "ro": _Option("mount", "read_only"),
+    "allow_other": _Option("mount", "allow_other"),
+    "allow_root": _Option("mount", "allow_root"),
+    "trust_backing": _Option("mount", "trust_backing"),
+    "allow_backing": _Option("mount", "allow_backing", lambda text, what: (text,)),
+    "connections": _Option("mount", "connections", _between(1, 64)),
+    "direct_io": _Option("mount", "direct_io", _choice(DirectIO)),
+    "poll": _Option("mount", "poll", _between(0, 10_000)),
+    "mode": _Option("disk", "mode", _choice(Mode)),
+    "readahead": _Option("disk", "readahead", _sized(0, 64 << 20)),
+    "backing_timeout": _Option("disk", "backing_timeout", _timeout),
+    "write_timeout": _Option("disk", "write_timeout", _timeout),
+    "reserve": _Option("disk", "reserve", parse_reserve),
+    "window": _Option("disk", "window", _sized(64 << 10, 1 << 30)),
+    "stream_rate": _Option("stream", "rate", parse_size),
+    "stream_floor": _Option("stream", "floor", parse_size),
+    "finish_by": _Option("stream", "finish_by", parse_duration),
+    "idle": _Option("stream", "idle", _choice(Idle)),
+    "boot_profile": _Option("", "", _boot_profile),
+}
+
+_NOT_YET = ("metrics", "shared_cache", "unmount_when_complete")
+"""Accepting them would promise what nothing does yet."""
+
+_OTHERS = frozenset(
+    "rw defaults auto noauto user nouser users owner group suid nosuid dev nodev exec noexec async atime noatime "
+    "diratime nodiratime relatime norelatime strictatime lazytime nolazytime iversion noiversion mand nomand silent loud "
+    "_netdev nofail default_permissions fsname subtype comment uhelper helper".split()
+)
+"""Options of mount(8), fstab(5) and FUSE: not ours, or always so."""
+
+
+def split_options(text: str) -> list[str]:
+    """Return the parts of `a=b,c`; `\\,` is a comma inside a part."""
+    return [part.replace("\\,", ",") for part in re.split(r"(?<!\\),", text) if part]
+
+
+def parse_mount_options(texts: Iterable[str]) -> MountOptions:
+    """Return the options that the `-o` arguments `texts` say; a later one wins, `allow_backing` adds up.
+
+    Raises:
+        UsageError: an option is unknown, or its value is wrong.
+    """
+    values: dict[str, dict[str, Any]] = {"mount": {}, "disk": {}, "stream": {}}
+    for part in (part for text in texts for part in split_options(text)):
+        name, equals, value = part.partition("=")
+        if name in _OTHERS or name.lower().startswith("x-"):
+            if name == "rw":
+                values["mount"].pop("read_only", None)
+            continue
+        option = _find_option(name)
+        if (option.parse is None) == bool(equals):
+            raise UsageError(name, "takes no value" if equals else f"needs a value ('{name}=...')")
+        if option.parse is None:
+            values[option.record][option.field] = True
+        elif name == "allow_backing":
+            values["mount"][option.field] = (*values["mount"].get(option.field, ()), value)
+        elif option.record:
+            values[option.record][option.field] = option.parse(value, name)
+        else:
+            option.parse(value, name)
+    if values["mount"].get("allow_other") and values["mount"].get("allow_root"):
+        raise UsageError("allow_root", "excludes 'allow_other'")
+    return replace(
+        MountOptions(**values["mount"]), disk=DiskOptions(**values["disk"]), stream=StreamOptions(**values["stream"])
+    )
+
+
+def _find_option(name: str) -> _Option:
+    option = _OPTIONS.get(name)
+    if option:
+        return option
+    if name in _NOT_YET:
+        raise UsageError(name, "is not supported yet")
+    near = difflib.get_close_matches(name, _OPTIONS, n=1)
+    raise UsageError(name, "is not a mount option" + (f" (did you mean '{near[0]}'?)" if near else ""))
