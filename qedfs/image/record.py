@@ -56,11 +56,10 @@ class Pin:
 
 @dataclass(frozen=True)
 class Record:
-    """`mode` and `hold` as in the interface; `dirty` says that we left the image with uncounted free clusters."""
+    """`mode` and `hold` as in the interface (an empty mode: none was stored)."""
 
     mode: str = ""
     hold: bool = False
-    dirty: bool = False
     pins: tuple[Pin, ...] = ()
 
     def pin_of(self, backing_name: str) -> Pin | None:
@@ -107,8 +106,6 @@ def encode(record: Record) -> bytes | None:
         fields["mode"] = record.mode
     if record.hold:
         fields["hold"] = 1
-    if record.dirty:
-        fields["dirty"] = 1
     if record.pins:
         fields["pins"] = [[pin.name_hash, pin.format, pin.size, short_tag(pin.tag)] for pin in record.pins]
     text = json.dumps(fields, separators=(",", ":")).encode("ascii")
@@ -128,6 +125,6 @@ def decode(sector: bytes) -> Record | Damage:
     try:
         fields = json.loads(text)
         pins = tuple(Pin(str(h), str(f), int(size), str(tag)) for h, f, size, tag in fields.get("pins", ()))
-        return Record(str(fields.get("mode", "")), bool(fields.get("hold")), bool(fields.get("dirty")), pins)
+        return Record(str(fields.get("mode", "")), bool(fields.get("hold")), pins)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return Damage.BROKEN

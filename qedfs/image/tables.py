@@ -66,10 +66,14 @@ def as_array(entries: memoryview) -> npt.NDArray[np.uint64]:
 def all_valid(entries: memoryview, geometry: Geometry, room: int, usable: int) -> bool:
     """Whether every L2 entry is unallocated, zero or a valid cluster offset of a file of `usable` bytes."""
     array = as_array(entries)
-    data = array[array > ZERO]
-    if not data.size:
-        return True
-    return bool(data.min() >= room and data.max() < usable and not np.any(data & np.uint64(geometry.cluster_size - 1)))
+    for i in range(0, len(array), _CHUNK):
+        chunk = array[i : i + _CHUNK]
+        data = chunk[chunk > ZERO]
+        if data.size and (
+            data.min() < room or data.max() >= usable or np.any(data & np.uint64(geometry.cluster_size - 1))
+        ):
+            return False
+    return True
 
 
 def count(entries: memoryview) -> Counts:
@@ -103,5 +107,7 @@ def run_length(entries: memoryview, index: int, end: int, cluster_size: int) -> 
     return (int(different[0]) + i if different.size else end) - index
 
 
+_CHUNK = 1 << 17
+"""Entries judged at once, so that judging the largest tables costs little memory beyond them."""
 _SCALAR = 64
 """Entries looked at one by one before numpy takes over: a call of numpy costs about as much as this many look-ups."""

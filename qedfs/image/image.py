@@ -1,0 +1,428 @@
+"""One open QED image: look up, allocate, link, commit.
+
+An entry is linked in memory when its cluster is whole in the file; `commit.py` brings it to the disk. Whoever allocates
+holds the clusters' claim (disk/claims.py) and pins their tables first, so that looking up again and linking stand
+without an await between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import numpy as np
+import trio
+
+from qedfs.errors import CorruptEntry, QedfsError
+from qedfs.image import header as headers
+from qedfs.image import record as records
+from qedfs.image.allocator import Allocator, Extent
+from qedfs.image.cache import Table, TableCache
+from qedfs.image.commit import Committer
+from qedfs.image.geometry import SECTOR
+from qedfs.image.header import Feature, Header
+from qedfs.image.record import Damage, Record
+from qedfs.image.storage import Storage
+from qedfs.image.survey import Survey
+from qedfs.image.tables import UNALLOCATED, ZERO, Counts, Run, State, all_valid, as_array, as_entries, count, run_length
+
+CACHE_BYTES = 64 << 20
+"""Of L2 tables kept in memory; with the default geometry that covers half a terabyte of disk."""
+MIN_CACHED_TABLES = 2
+MAX_DIRTY_BYTES = 16 << 20
+"""Of tables with entries that the disk does not have: more, and a commit is due, however young they are."""
+MAX_UNCOMMITTED_BYTES = 64 << 20
+"""Of new clusters that no entry on the disk names: the same."""
+
+
+class Image:
+    """An open image. Made by `open_image`; `name` is for messages."""
+
+    def __init__(
+        self, storage: Storage, name: str, header: Header, record: Record | Damage, backing_name: str, l1: bytearray
+    ) -> None:
+        self.storage = storage
+        self.name = name
+        self.header = header
+        self.record = record if isinstance(record, Record) else Record()
+        self.record_damaged = record is Damage.BROKEN
+        self.backing_name = backing_name
+        """As stored in the header; empty when the image stands alone."""
+        self.geometry = header.geometry
+        self._l1 = as_entries(l1)
+        capacity = max(MIN_CACHED_TABLES, CACHE_BYTES // self.geometry.table_bytes)
+        self.tables = TableCache(capacity)
+        self.committer = Committer(storage, self.tables, self._l1, header.l1_table_offset)
+        self.allocator = Allocator(self.geometry.usable_length(storage.length()), storage.length())
+        self._shift = self.geometry.cluster_size.bit_length() - 1
+        self._mask = self.geometry.cluster_size - 1
+        self._table_shift = self.geometry.table_entries.bit_length() - 1
+        self._table_mask = self.geometry.table_entries - 1
+        self._header_lock = trio.Lock()
+        self._begun = False
+        self._begin_lock = trio.Lock()
+        self._uncommitted = 0
+        self._dirtied = 0
+        self._survey_lock = trio.Lock()
+        self._surveyed = trio.Event()
+        self._counts = Counts()
+        self.survey_problem = ""
+        """What the survey met that speaks against the image, for `last_error`; empty if nothing."""
+
+    # -- looking up ----------------------------------------------------------------------------------------------------
+
+    def data_offset(self, pos: int, length: int) -> int:
+        """Return where in the file the bytes `[pos, pos + length)` lie if they are data in one piece, else -1.
+
+        The hot path: no await, no object made. -1 also means that a table is not in memory, or not sound.
+        """
+        cluster = pos >> self._shift
+        table = self.tables.get(cluster >> self._table_shift)
+        if table is None or not table.valid:
+            return -1
+        table.used = True
+        entries = table.entries
+        index = cluster & self._table_mask
+        first = entries[index]
+        if first <= ZERO:
+            return -1
+        inside = pos & self._mask
+        more = (inside + length - 1) >> self._shift
+        if more:
+            if index + more > self._table_mask:
+                return -1
+            expected = first
+            step = self._mask + 1
+            for i in range(index + 1, index + more + 1):
+                expected += step
+                if entries[i] != expected:
+                    return -1
+        return first + inside
+
+    def run_nowait(self, pos: int, length: int) -> Run | None:
+        """Return the run that begins at `pos`, at most `length` bytes (more than 0); None if its table must be loaded.
+
+        Raises:
+            CorruptEntry: the entry at `pos`, or the L1 entry above it, is invalid. A run ends before an invalid entry.
+        """
+        cluster = pos >> self._shift
+        table_index = cluster >> self._table_shift
+        span_left = ((table_index + 1) << (self._table_shift + self._shift)) - pos
+        table = self.tables.get(table_index)
+        if table is None:
+            if self._l1[table_index] == UNALLOCATED:
+                return Run(State.BACKING, pos, min(length, span_left))
+            return None
+        table.used = True
+        length = min(length, span_left)
+        index = cluster & self._table_mask
+        entry = table.entries[index]
+        if entry > ZERO and not (table.valid or self._is_cluster(entry)):
+            raise CorruptEntry(self.name, f"the table entry of cluster {cluster} is invalid ({entry:#x})")
+        inside = pos & self._mask
+        clusters = (inside + length + self._mask) >> self._shift
+        n = run_length(table.entries, index, index + clusters, self._mask + 1)
+        if not table.valid and entry > ZERO:
+            # Neighbours of a sound entry may run past the end of the file.
+            n = next((i for i in range(1, n) if not self._is_cluster(entry + (i << self._shift))), n)
+        length = min(length, (n << self._shift) - inside)
+        if entry > ZERO:
+            return Run(State.DATA, pos, length, entry + inside)
+        return Run(State(entry), pos, length)
+
+    async def run(self, pos: int, length: int) -> Run:
+        """Return the run that begins at `pos`, loading its table if need be. Raises as `run_nowait`, and `LeafError`."""
+        while True:
+            run = self.run_nowait(pos, length)
+            if run is not None:
+                return run
+            await self._load(pos >> (self._shift + self._table_shift))
+
+    async def runs(self, pos: int, length: int) -> AsyncIterator[Run]:
+        """Yield the runs of `[pos, pos + length)` in order, as they are when each is reached."""
+        end = pos + length
+        while pos < end:
+            run = await self.run(pos, end - pos)
+            yield run
+            pos += run.length
+
+    # -- allocating and linking ----------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def pinned(self, first: int, end: int) -> AsyncIterator[None]:
+        """Hold the tables of the clusters `[first, end)` in memory, making those that are missing.
+
+        The caller holds the claim of these clusters. Inside, look-ups of them need no await, and they may be linked.
+
+        Raises:
+            CorruptEntry, LeafError, LeafFull, LeafFailed: a table cannot be had; nothing is pinned then.
+        """
+        await self.begin_allocating()
+        held: list[Table] = []
+        try:
+            for index in range(first >> self._table_shift, ((end - 1) >> self._table_shift) + 1):
+                table = await self._load(index) or await self.tables.load(index, self._make_table)
+                assert table is not None
+                table.pins += 1
+                held.append(table)
+            yield
+        finally:
+            for table in held:
+                table.pins -= 1
+
+    def allocate(self, clusters: int) -> Extent:
+        """Take `clusters` neighbouring clusters of the file. Only between `pinned` and the end of the claim."""
+        return self.allocator.allocate(clusters << self._shift)
+
+    def link_data(self, first: int, clusters: int, offset: int) -> None:
+        """Let the clusters from `first` on be those at `offset` (bytes). They are whole in the file and pinned here."""
+        self._link(first, clusters, offset, self._mask + 1)
+        self._uncommitted += clusters << self._shift
+
+    def link_zero(self, first: int, clusters: int) -> None:
+        """Let the clusters from `first` on read as zeros. Pinned as for `link_data`."""
+        self._link(first, clusters, ZERO, 0)
+
+    @property
+    def pending(self) -> bool:
+        """Whether memory has entries that the disk does not have."""
+        return not self.committer.clean
+
+    @property
+    def urgent(self) -> bool:
+        """Whether so much waits for a commit that one should start at once."""
+        return self._uncommitted > MAX_UNCOMMITTED_BYTES or self._dirtied * self.geometry.table_bytes > MAX_DIRTY_BYTES
+
+    async def commit(self, *, durable: bool) -> None:
+        """Bring what is linked to the disk (`Committer.commit`)."""
+        self._uncommitted = self._dirtied = 0
+        await self.committer.commit(durable=durable)
+
+    async def begin_allocating(self) -> None:
+        """Make the image ready for the first allocation of this mount: surveyed, and marked as being written.
+
+        Raises:
+            LeafError, LeafFull, LeafFailed: it cannot be marked; the next call tries again.
+        """
+        if not self._begun:
+            await self._begin()
+
+    async def _begin(self) -> None:
+        async with self._begin_lock:
+            if self._begun:
+                return
+            await self.survey()
+            # Ordering: NEED_CHECK is durable before anything that could leak or dangle.
+            await self._change_header(lambda header: header.with_features(add=Feature.NEED_CHECK))
+            self._begun = True
+
+    # -- the survey ----------------------------------------------------------------------------------------------------
+
+    async def survey(self) -> None:
+        """Look at every table once: count, find what is free, and find what an allocation must keep away from.
+
+        Runs beside reads and writes in place; the first allocation of a mount waits for it. Where the last writer left
+        NEED_CHECK set, entries that name nothing valid are set to unallocated, as QEMU does: its crashes leave such
+        entries behind. Otherwise they stay, and the offsets they name are never given out, or an old entry would name a
+        new cluster. Returns at once when it has been done; a table that cannot be read is left out and noted in
+        `survey_problem`.
+        """
+        async with self._survey_lock:
+            if not self._surveyed.is_set():
+                await self._survey()
+                self._surveyed.set()
+
+    async def _survey(self) -> None:
+        repairing = self.header.needs_check and self.storage.writable
+        survey = Survey(self.geometry, self.header.room, self.allocator.end)
+        survey.see_table(self.header.l1_table_offset)
+        survey.see_l1(self._l1)
+        l1 = as_array(self._l1)
+        _, first_uses = np.unique(l1, return_index=True)
+        survey.trusted = len(first_uses) >= np.count_nonzero(l1)  # else two entries name one table
+        for index in sorted(first_uses[l1[first_uses] != UNALLOCATED]):
+            await self._survey_table(int(index), survey, repairing)
+        self._counts = survey.counts
+        if survey.invalid:
+            self.survey_problem = f"{survey.invalid} table entries are invalid; 'qedfs check' says more"
+        if not self.storage.writable:
+            return
+        if repairing and self.pending:
+            # Ordering: repairs are durable before anything is allocated, cut or given out again.
+            await self.commit(durable=True)
+        for offset, length in survey.free():
+            self.allocator.release(offset, length)
+        self.allocator.forbid(survey.dangling())
+
+    async def _survey_table(self, index: int, survey: Survey, repairing: bool) -> None:
+        here = self.tables.get(index) is not None
+        try:
+            table = await self._load(index)
+        except QedfsError as error:
+            survey.trusted = False
+            self.survey_problem = str(error)
+            return
+        assert table is not None
+        survey.see_table(table.offset)
+        inside = self.geometry.clusters(self.header.image_size) - (index << self._table_shift)
+        invalid = survey.see_entries(table.entries, inside, repairing=repairing)
+        if repairing and invalid.size:
+            for place in invalid:
+                table.set(int(place), 1, UNALLOCATED, 0)
+            table.valid = self._sound(table.entries)
+        if not here:
+            self.tables.drop(table)
+
+    async def counts(self) -> Counts:
+        """Return how many clusters are data and how many are zero, once all tables have been seen."""
+        await self._surveyed.wait()
+        return self._counts
+
+    def counts_nowait(self) -> Counts:
+        """Return the counts of the tables seen so far."""
+        return self._counts
+
+    # -- the header ----------------------------------------------------------------------------------------------------
+
+    async def set_record(self, record: Record) -> bool:
+        """Store `record` durably; False, and nothing changed, where the header has no room for it."""
+        sector = records.encode(record)
+        if sector is None or not records.fits(self.header):
+            return False
+        async with self._header_lock:
+            await self.storage.write(records.offset(self.header), sector)
+            await self.committer.flush()
+            self.record = record
+        return True
+
+    async def set_image_size(self, size: int, exposed: Counts) -> None:
+        """Store a larger size (bytes) durably. What it exposes, `exposed` by count, is zeros already, and durably so."""
+        await self._change_header(lambda header: replace(header, image_size=size))
+        self._add(exposed)
+
+    async def drop_backing(self) -> None:
+        """Let the image stand alone, durably. Every cluster is local, and committed durably."""
+        await self._change_header(Header.without_backing)
+        self.backing_name = ""
+
+    async def clear_autoclear(self) -> None:
+        """Clear the autoclear bits we do not know, as every writer must before it uses the image."""
+        if self.header.autoclear_features:
+            await self._change_header(lambda header: replace(header, autoclear_features=0))
+
+    async def _change_header(self, change: Callable[[Header], Header]) -> None:
+        async with self._header_lock:
+            # The lock is held from reading the header to writing it, so that no other change is undone.
+            header = change(self.header)
+            await self.storage.write(0, header.encode())
+            await self.committer.flush()
+            self.header = header
+
+    async def aclose(self) -> None:
+        """Commit durably, cut what is free at the end, clear NEED_CHECK, and close the file.
+
+        The file is closed and its locks are gone even when this raises; NEED_CHECK then stays set.
+
+        Raises:
+            LeafError, LeafFull, LeafFailed: what was acknowledged since the last flush may not be durable.
+        """
+        with trio.CancelScope(shield=True):
+            try:
+                if self.storage.writable:
+                    await self._finish()
+            finally:
+                await self.storage.aclose()
+
+    async def _finish(self) -> None:
+        await self.commit(durable=True)
+        if not self._begun:
+            return
+        # No entry on the disk names what is cut or punched: it was found free, or taken and never linked.
+        if self.storage.length() > self.allocator.end:
+            await self.storage.truncate(self.allocator.end)
+        for offset, length in self.allocator.free_extents:
+            await self.storage.punch(offset, length)
+        await self._change_header(lambda header: header.with_features(remove=Feature.NEED_CHECK))
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    async def _load(self, index: int) -> Table | None:
+        return await self.tables.load(index, self._read_table)
+
+    async def _read_table(self, index: int) -> Table | None:
+        offset = self._l1[index]
+        if offset == UNALLOCATED:
+            return None
+        if not self.geometry.is_table_offset(
+            offset, self.header.room, self.allocator.end
+        ) or self.allocator.is_forbidden(offset, self.geometry.table_bytes):
+            raise CorruptEntry(self.name, f"L1 table entry {index} is invalid ({offset:#x})")
+        entries = as_entries(await self.storage.read(offset, self.geometry.table_bytes))
+        return Table(index, offset, entries, valid=self._sound(entries), named=True)
+
+    async def _make_table(self, index: int) -> Table:
+        extent = self.allocate(self.geometry.table_clusters)
+        zeros = bytearray(self.geometry.table_bytes)
+        # The room is taken now, so that a full disk fails the guest's write and not its fsync. A write that fails
+        # leaves the extent leaked: what of it reached the disk is in doubt.
+        await self.storage.write(extent.offset, zeros)
+        self._dirtied += 1
+        return Table(index, extent.offset, as_entries(zeros), valid=True, named=False)
+
+    def _sound(self, entries: memoryview) -> bool:
+        # With dangling entries about, every look-up judges by itself: they are too rare to be fast.
+        return not self.allocator.forbids and all_valid(entries, self.geometry, self.header.room, self.allocator.end)
+
+    def _is_cluster(self, offset: int) -> bool:
+        return self.geometry.is_cluster_offset(
+            offset, self.header.room, self.allocator.end
+        ) and not self.allocator.is_forbidden(offset)
+
+    def _link(self, first: int, clusters: int, offset: int, step: int) -> None:
+        inside = self.geometry.clusters(self.header.image_size)
+        for table, index, n in self._pieces(first, clusters):
+            self._dirtied += not table.dirty
+            counted = max(0, min(n, inside - (table.index << self._table_shift) - index))
+            before = count(table.entries[index : index + counted])
+            table.set(index, n, offset, step)
+            after = count(table.entries[index : index + counted])
+            self._add(Counts(after.data - before.data, after.zero - before.zero))
+            offset += n * step
+
+    def _pieces(self, first: int, clusters: int) -> Iterator[tuple[Table, int, int]]:
+        while clusters:
+            table = self.tables.get(first >> self._table_shift)
+            assert table is not None, "a cluster is linked without its table being pinned"
+            index = first & self._table_mask
+            n = min(clusters, self._table_mask + 1 - index)
+            yield table, index, n
+            first += n
+            clusters -= n
+
+    def _add(self, counts: Counts) -> None:
+        self._counts = Counts(self._counts.data + counts.data, self._counts.zero + counts.zero)
+
+
+async def open_image(storage: Storage) -> Image:
+    """Read and judge the header, the backing name, the record and L1 of `storage`, which the image then owns.
+
+    Raises:
+        InvalidImage: it is not a QED image, or one that cannot be.
+        LeafError: it cannot be read, or (writable) its autoclear bits cannot be cleared.
+    """
+    name = storage.name
+    length = storage.length()
+    header = headers.decode(bytes(await storage.read(0, min(length, headers.SIZE))), length, name)
+    backing_name = ""
+    if header.has_backing:
+        raw = await storage.read(header.backing_name_offset, header.backing_name_size)
+        backing_name = headers.decode_backing_name(bytes(raw))
+    record: Record | Damage = Damage.ABSENT
+    if records.fits(header):
+        record = records.decode(bytes(await storage.read(records.offset(header), SECTOR)))
+    l1 = await storage.read(header.l1_table_offset, header.geometry.table_bytes)
+    image = Image(storage, name, header, record, backing_name, l1)
+    if storage.writable:
+        await image.clear_autoclear()
+    return image
