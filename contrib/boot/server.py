@@ -1,0 +1,50 @@
+"""An NBD server over a raw image, by QEMU or nbdkit, that listens before it runs and ends with the block that started it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from contrib.boot.guest import BootError
+
+EXPORT = "base"
+SERVERS = {
+    # Persistent, and open to as many connections as a client may want.
+    "qemu-nbd": ("qemu-nbd", "--read-only", "--persistent", "--shared=16", "--format=raw", f"--export-name={EXPORT}"),
+    "nbdkit": ("nbdkit", "--foreground", "--readonly", "file"),
+}
+TRANSPORTS = ("unix", "tcp")
+
+# Socket activation: the server finds our listening socket as descriptor 3, so no port is guessed and nobody waits for it.
+ACTIVATION = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
+
+
+@contextmanager
+def serving(image: Path, server: str, transport: str, folder: Path) -> Iterator[str]:
+    """Serve `image` read-only, on a free loopback port or on a socket in `folder`; gives the URL of the export."""
+    with socket.socket(socket.AF_INET if transport == "tcp" else socket.AF_UNIX) as listening:
+        if transport == "tcp":
+            listening.bind(("127.0.0.1", 0))
+            url = f"nbd://127.0.0.1:{listening.getsockname()[1]}/{EXPORT}"
+        else:
+            path = folder / "nbd.socket"
+            listening.bind(str(path))
+            url = f"nbd+unix:///{EXPORT}?socket={quote(str(path))}"
+        listening.listen(16)
+        command = ["sh", "-c", ACTIVATION, "sh", *SERVERS[server], str(image)]
+        process = subprocess.Popen(command, stdin=listening.fileno())
+    try:
+        yield url
+        if process.poll() is not None:
+            raise BootError(f"{server}: ended by itself with status {process.returncode}")
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
