@@ -118,7 +118,7 @@ def run_guest(guest: Guest, disk: Path, image_format: str, token: str, options: 
         *("qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "256"),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", f"file:{console}"),
         *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)),
-        *("-append", f"console=ttyS0 quiet panic=-1 token={token}"),
+        *("-append", f"console=ttyS0 panic=-1 token={token}"),
         *("-drive", f"file={disk},format={image_format},if=virtio,cache={options.cache}"),
     ]
     try:
