@@ -33,6 +33,10 @@ class Feature(IntFlag):
     NO_PROBE = 0x4
 
 
+_KNOWN = int(Feature.BACKING_FILE | Feature.NEED_CHECK | Feature.NO_PROBE)
+"""A plain number: the complement of a flag has only the bits that the enumeration knows."""
+
+
 @dataclass(frozen=True)
 class Header:
     """The decoded header. Offsets and sizes are in bytes, `header_size` in clusters."""
@@ -85,9 +89,9 @@ class Header:
     def with_features(self, *, add: Feature = Feature.NONE, remove: Feature = Feature.NONE) -> Header:
         return replace(self, features=(self.features | add) & ~remove)
 
-    def with_backing(self, name_size: int, *, raw: bool) -> Header:
-        """Return the header that names a backing of `name_size` bytes stored at `NAME_OFFSET`."""
-        named = replace(self, backing_name_offset=NAME_OFFSET, backing_name_size=name_size)
+    def with_backing(self, name_size: int, *, raw: bool, name_offset: int = NAME_OFFSET) -> Header:
+        """Return the header that names a backing of `name_size` bytes stored at `name_offset`."""
+        named = replace(self, backing_name_offset=name_offset, backing_name_size=name_size)
         if raw:
             return named.with_features(add=Feature.BACKING_FILE | Feature.NO_PROBE)
         return named.with_features(add=Feature.BACKING_FILE, remove=Feature.NO_PROBE)
@@ -112,7 +116,7 @@ def decode(data: bytes, file_length: int, name: str) -> Header:
         raise InvalidImage(name, f"the file has {len(data)} bytes, shorter than a QED header")
     (_, cluster_size, table_clusters, header_size, features, compat, autoclear, l1_offset, image_size, name_offset,
      name_size) = _STRUCT.unpack_from(data)  # fmt: skip
-    unknown = features & ~(Feature.BACKING_FILE | Feature.NEED_CHECK | Feature.NO_PROBE)
+    unknown = features & ~_KNOWN
     if unknown:
         raise InvalidImage(name, f"needs QED features this version does not know ({unknown:x})")
     geometry = Geometry.checked(cluster_size, table_clusters, name)
