@@ -42,6 +42,9 @@ class Source(ABC):
     identity: Identity
     """Of the content at the time of opening."""
 
+    format: str = "raw"
+    """What the bytes were read as."""
+
     @abstractmethod
     async def read_into(self, pos: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `pos`, all of it or raise.
@@ -52,6 +55,7 @@ class Source(ABC):
         Raises:
             BackingUnavailable: may pass (connection lost, server busy).
             BackingRefused: final (gone, changed, nonsense).
+            CorruptEntry: final for these bytes only (a QED image with a broken table entry).
         """
 
     @abstractmethod

@@ -1,0 +1,163 @@
+"""Names of backings: what they mean, and how they are shown. Sans-IO.
+
+The rules are QEMU's (QED fact sheet of its behaviour, "Backing string"): a name with a ':' before its first '/' has a
+protocol, anything else is a path, and a path that is not absolute begins in the folder of the image that names it, as
+that image's path was given; symbolic links are not followed for that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import quote
+
+from qedfs.errors import BackingRefused, UsageError
+from qedfs.nbd.address import NbdAddress, is_nbd, parse_address
+
+_PROTOCOL = re.compile(r"[^/]*?:")
+_NOT_YET = ("http", "https", "s3", "gs", "az")
+_MAX_JSON = 4096
+
+
+@dataclass(frozen=True)
+class FileLocation:
+    """A path of this machine. `format` is what the name itself says of the format (`json:`), else None."""
+
+    path: str
+    format: str | None = None
+
+    def __str__(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True)
+class NbdLocation:
+    """An export of an NBD server."""
+
+    address: NbdAddress
+    format: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a socket of this machine, to be judged as a file is."""
+        return self.address.socket is not None
+
+
+Location = FileLocation | NbdLocation
+
+
+def parse_location(name: str, image: Location | None) -> Location:
+    """Return where the backing called `name` is. `image` is the image that names it, None for a name as typed.
+
+    Raises:
+        BackingRefused: the name means nothing that we can open; the message is masked.
+    """
+    shown = masked(name)
+    if not name:
+        raise BackingRefused("backing", "the name is empty")
+    if "\0" in name:
+        raise BackingRefused(shown, "the name contains a NUL character")
+    if name.startswith("json:"):
+        return _parse_json(name)
+    if is_nbd(name):
+        return _nbd(name, None)
+    path = name
+    if protocol := _PROTOCOL.match(name):
+        scheme = protocol[0][:-1]
+        if scheme == "file":
+            path = name.removeprefix("file:")
+            if path.startswith("//"):
+                raise BackingRefused(shown, "write a path, or file: and a path; URLs of files are not understood")
+        elif scheme.lower() in _NOT_YET:
+            raise BackingRefused(shown, f"{scheme.lower()} is not supported yet")
+        else:
+            raise BackingRefused(shown, f"the protocol '{scheme}' is unknown; write a file of that name as ./{shown}")
+    return _file(path, shown, image)
+
+
+def masked(name: str) -> str:
+    """Return `name` without what could be a secret in it: user and password, the query, all of a `json:`."""
+    if name.startswith("json:"):
+        return "json:{…}"
+    if not _PROTOCOL.match(name):
+        return name
+    name = re.sub(r"//[^/?#]*@", "//***@", name)
+    # A unix socket's path is no secret, and without it nobody knows which server is meant.
+    if re.fullmatch(r"nbds?\+unix:///[^?]*\?socket=[^&]*", name, re.IGNORECASE):
+        return name
+    return re.sub(r"[?#].*", "?***", name, flags=re.DOTALL)
+
+
+def _file(path: str, shown: str, image: Location | None) -> FileLocation:
+    if not path:
+        raise BackingRefused(shown, "the path is empty")
+    if isinstance(image, NbdLocation) and not os.path.isabs(path):
+        raise BackingRefused(shown, f"a relative name has no meaning in an image read from {image}")
+    folder = os.path.dirname(image.path) if isinstance(image, FileLocation) else ""
+    return FileLocation(os.path.join(folder, path))
+
+
+def _nbd(name: str, format: str | None) -> NbdLocation:
+    try:
+        return NbdLocation(parse_address(name), format)
+    except UsageError as error:
+        raise BackingRefused(error.what, error.why) from error
+
+
+def _parse_json(name: str) -> Location:
+    """Accept those of QEMU's node trees that say no more than a plain name does."""
+    refusal = BackingRefused(
+        masked(name),
+        "of QEMU's json: names only a plain file or NBD export, raw or qed, is understood; write it as such",
+    )
+    if len(name) > _MAX_JSON:
+        raise refusal
+    try:
+        tree = json.loads(name.removeprefix("json:"))
+        location = _node(tree)
+    except (ValueError, RecursionError):
+        location = None
+    if location is None:
+        raise refusal
+    return location
+
+
+def _node(tree: Any) -> Location | None:
+    if not isinstance(tree, dict):
+        return None
+    if "file" in tree and isinstance(tree["file"], dict):
+        driver = tree.get("driver")
+        if set(tree) - {"driver", "file"} or driver not in (None, "raw", "qed"):
+            return None
+        location = _protocol_node(tree["file"])
+        return None if location is None else replace(location, format=driver)
+    return _protocol_node(tree)
+
+
+def _protocol_node(tree: dict[str, Any]) -> Location | None:
+    # Every value must be text: what is left out or nested otherwise has a meaning we do not know.
+    flat = dict(tree)
+    if isinstance(server := flat.pop("server", {}), dict):
+        flat |= {f"server.{key}": value for key, value in server.items()}
+    if not all(isinstance(value, str) for value in flat.values()):
+        return None
+    match flat:
+        case {"driver": "file" | "host_device", "filename": path, **rest} if not rest and os.path.isabs(path):
+            return FileLocation(path)
+        case {"driver": "nbd", "server.type": "inet", "server.host": host, "server.port": port, **rest}:
+            host = f"[{host}]" if ":" in host else quote(host, safe="")
+            return _nbd_node(f"nbd://{host}:{port}/", rest, "")
+        case {"driver": "nbd", "server.type": "unix", "server.path": path, **rest}:
+            return _nbd_node("nbd+unix:///", rest, "?socket=" + quote(path))
+    return None
+
+
+def _nbd_node(start: str, rest: dict[str, str], end: str) -> Location | None:
+    export = rest.pop("export", "")
+    return None if rest else _nbd(start + quote(export, safe="") + end, None)

@@ -1,0 +1,108 @@
+"""Which backings an image may name, judged from who answers for the image. Sans-IO.
+
+Whoever can write an image can make it name any file of the machine, and the mount would then show that file to whoever
+may read the disk. So each image of a chain decides with its own rights only (interface, "Backing stores"):
+
+- *trusted*: it belongs to root or to the user who mounts, and nobody else may write it. It may name what the mounter may.
+- of *another owner* who alone may write it: it may name local files that its owner could open (opened with the owner's
+  user and groups, which only root can do), and other backings only if `allow_backing` names them.
+- *anybody's* (its group or others may write it): no owner answers for what it says, so `allow_backing` must name it all.
+- read from a *remote* source: no local path and no socket at all; remote ones if `allow_backing` names them.
+
+`allow_backing` also narrows: once patterns are given, an image of any kind may name only what one of them matches.
+A unix socket counts as local, but connecting to one with somebody else's rights is not done: it must be named.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
+
+from qedfs.errors import NotAllowed
+
+
+class Place(Enum):
+    """Where a backing is, as far as policy cares."""
+
+    FILE = "file"
+    SOCKET = "socket"
+    REMOTE = "remote"
+
+
+class Rights(Enum):
+    """With whose rights a backing is opened."""
+
+    OURS = "ours"
+    OWNER = "owner"
+    """With those of the naming image's owner."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who answers for an image: from its open file, never from its path."""
+
+    uid: int
+    mode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Owner:
+        return cls(status.st_uid, status.st_mode)
+
+    @property
+    def alone_may_write(self) -> bool:
+        return not self.mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the mounter allows.
+
+    `mounter` is the user who mounts. `allow_backing` are shell patterns over the full name of a backing: the real path
+    of a file, the canonical URL of anything else. `forbidden_roots` are folders (real paths) that no backing may lie
+    in: the mountpoint. `connections` is how many connections a remote backing may get.
+    """
+
+    mounter: int = field(default_factory=os.getuid)
+    allow_backing: tuple[str, ...] = ()
+    forbidden_roots: tuple[str, ...] = ()
+    connections: int = 4
+
+    def trusts(self, owner: Owner) -> bool:
+        return owner.uid in (0, self.mounter) and owner.alone_may_write
+
+    def names(self, backing: str) -> bool:
+        """Whether a pattern of `allow_backing` matches the full name `backing`."""
+        return any(fnmatchcase(backing, pattern) for pattern in self.allow_backing)
+
+    def rights(self, owner: Owner | None, *, remote: bool, place: Place, backing: str) -> Rights:
+        """Return with whose rights the image of `owner` has its backing opened.
+
+        `owner` is None for an image without one: a remote one (`remote`), or a person at the command line. `backing` is
+        the full name; a file's is known only once it was looked at, so this is asked again then.
+
+        Raises:
+            NotAllowed: it may not name this backing.
+        """
+        if remote and place is not Place.REMOTE:
+            raise NotAllowed(backing, "an image that is read from a remote source may not name anything local")
+        if self.allow_backing and not self.names(backing):
+            raise NotAllowed(backing, "no pattern of allow_backing matches it")
+        if not remote and (owner is None or self.trusts(owner)):
+            return Rights.OURS
+        as_owner = place is Place.FILE and owner is not None and owner.alone_may_write and self.mounter == 0
+        if as_owner:
+            return Rights.OWNER
+        if self.names(backing):
+            return Rights.OURS
+        raise NotAllowed(backing, f"{_distrust(owner, remote)}; allow_backing does not name this backing")
+
+
+def _distrust(owner: Owner | None, remote: bool) -> str:
+    if remote or owner is None:
+        return "the image that names it comes from a remote source"
+    if not owner.alone_may_write:
+        return "the image that names it may be written by its group or by others"
+    return f"the image that names it belongs to user {owner.uid}"

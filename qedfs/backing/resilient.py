@@ -1,0 +1,329 @@
+"""What the layers above see of a backing: a source that is connected when needed, retried, and told apart from another.
+
+Rules it lives by:
+
+- A failure that may pass never reaches the caller: the request is tried again, on the same source while that still
+  answers others, else on a new one from the opener. The caller ends the waiting by cancelling.
+- One connection attempt at a time, whoever asked first makes it; if that caller leaves, the next one takes over. Pauses
+  between attempts grow and are shared, so that a hundred waiting reads are not a hundred knocks on the door.
+- A source that owes an answer for `stall` seconds and gives none at all is taken for dead, even if every caller so far
+  has run out of patience earlier.
+- A final error is latched until `reset`. A corrupt entry of a QED backing is final for its bytes only.
+- A source whose content is not the expected one is never read.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeVar
+
+import trio
+
+from qedfs.backing.base import Extent, Identity, Source, merged
+from qedfs.errors import BackingChanged, BackingUnavailable, CorruptEntry, QedfsError
+
+T = TypeVar("T")
+
+FIRST_PAUSE = 0.1
+"""Seconds before the second attempt; each further pause is twice as long."""
+LONGEST_PAUSE = 10.0
+STALL = 30.0
+"""Seconds without any answer after which a source is taken for dead. Below the default time that a guest's read waits."""
+CLOSE_PATIENCE = 5.0
+"""Seconds that a polite end of a dead connection may take."""
+
+
+class BackingState(Enum):
+    """How the backing is, as far as the last request told."""
+
+    IDLE = "idle"
+    """Not yet connected, because nothing was asked of it."""
+    HEALTHY = "healthy"
+    UNAVAILABLE = "unavailable"
+    """The last attempt failed in a way that may pass."""
+    REFUSED = "refused"
+    """The last attempt failed for good."""
+
+
+@dataclass(frozen=True)
+class BackingStatistics:
+    """`bytes_read`: asked of the source, repetitions included. `last_error_time`: seconds since the epoch."""
+
+    bytes_read: int
+    state: BackingState
+    last_error: str
+    last_error_time: float | None
+    size: int | None
+
+
+class Backing:
+    """A backing of a leaf. Any number of tasks may call at once."""
+
+    def __init__(
+        self,
+        opener: Callable[[], Awaitable[Source]],
+        *,
+        name: str,
+        format: str = "",
+        expected: Identity | None = None,
+        stall: float = STALL,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        """`opener` makes a new, connected source. Nothing is opened before the first request.
+
+        `name` is shown to people (masked). `format` may be empty until the source has told it. `expected` is what the
+        content must be; without it, what the first connection finds. `jitter` returns numbers in [0, 1).
+        """
+        self.name = name
+        self._format = format
+        self._opener = opener
+        self._expected = expected
+        self._stall = stall
+        self._jitter = jitter
+        self._source: Source | None = None
+        self._generation = 0
+        """Counts resets: what was opened before one is not used after it."""
+        self._connecting: trio.Event | None = None
+        self._closed = trio.Event()
+        self._refused: QedfsError | None = None
+        self._state = BackingState.IDLE
+        self._failures = 0
+        self._not_before = -float("inf")
+        self._attempts: set[trio.CancelScope] = set()
+        self._owing_since: float | None = None
+        self._successes = 0
+        self._bytes_read = 0
+        self._last_error = ""
+        self._last_error_time: float | None = None
+
+    @property
+    def format(self) -> str:
+        """What the backing is read as: `raw`, `qed`; empty while that is not known."""
+        return self._format
+
+    async def read_into(self, pos: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `pos`; bytes past the end of the backing are zeros.
+
+        Raises:
+            BackingRefused, BackingChanged: no retry helps.
+            CorruptEntry: no retry helps for these bytes.
+            BackingUnavailable: the backing was closed meanwhile.
+        """
+
+        async def read(source: Source) -> None:
+            inside = min(max(source.size - pos, 0), len(buffer))
+            if inside:
+                self._bytes_read += inside
+                await source.read_into(pos, buffer[:inside])
+            if inside < len(buffer):
+                buffer[inside:] = bytes(len(buffer) - inside)
+
+        await self._retried(read)
+
+    async def extents(self, pos: int, length: int) -> list[Extent]:
+        """Tell which parts of the range the backing promises to read as zeros; past its end all of it does.
+
+        The answer holds for now: not after a reconnection. Raises as `read_into`.
+        """
+
+        async def ask(source: Source) -> list[Extent]:
+            inside = min(max(source.size - pos, 0), length)
+            known = await source.extents(pos, inside) if inside else []
+            return merged([*known, Extent(length - inside, True)])
+
+        return await self._retried(ask)
+
+    async def size(self) -> int:
+        """Return the size in bytes, connecting if it is not known yet. Raises as `read_into`."""
+        return (await self.identity()).size
+
+    async def identity(self) -> Identity:
+        """Return what the content is now, connecting for it if need be. Raises as `read_into`."""
+
+        async def ask(source: Source) -> Identity:
+            return source.identity
+
+        return await self._retried(ask)
+
+    def statistics(self) -> BackingStatistics:
+        size = None if self._expected is None else self._expected.size
+        return BackingStatistics(self._bytes_read, self._state, self._last_error, self._last_error_time, size)
+
+    async def reset(self, expected: Identity | None = None) -> None:
+        """Forget the connection and a final error; the next request connects anew and finds `expected`, or anything."""
+        self._generation += 1
+        self._refused = None
+        self._expected = expected
+        self._state = BackingState.IDLE
+        self._failures, self._not_before = 0, -float("inf")
+        for attempt in list(self._attempts):
+            attempt.cancel()
+        await self._drop()
+
+    async def aclose(self) -> None:
+        """Close the source. Requests under way fail with BackingUnavailable."""
+        self._closed.set()
+        for attempt in list(self._attempts):
+            attempt.cancel()
+        await self._drop()
+
+    async def _retried(self, request: Callable[[Source], Awaitable[T]]) -> T:
+        failures = 0
+        while True:
+            source = await self._connected()
+            successes = self._successes
+            try:
+                answer = await self._attempt(lambda: request(source))  # noqa: B023 (awaited here)
+            except BackingUnavailable as error:
+                if source is not self._source:
+                    continue  # replaced meanwhile: its successor is asked at once
+                failures += 1
+                if self._successes != successes:
+                    # It still answers others, so it is this request that fails: do not take the source from them.
+                    self._note(error, BackingState.HEALTHY)
+                    await self._pause(self._pause_after(failures))
+                else:
+                    self._failed(error)
+                    await self._drop()
+                continue
+            except CorruptEntry as error:
+                self._succeeded()
+                self._note(error, BackingState.HEALTHY)
+                raise
+            except QedfsError as error:
+                if source is not self._source:
+                    continue
+                self._refuse(error)
+                await self._drop()
+                raise
+            self._succeeded()
+            return answer
+
+    async def _connected(self) -> Source:
+        """Return the source, connecting first if there is none or it has been silent for too long."""
+        while True:
+            if self._closed.is_set():
+                raise BackingUnavailable(self.name, "is closed")
+            if self._refused is not None:
+                raise type(self._refused)(*self._refused.args) from self._refused
+            if self._source is not None:
+                if self._owing_since is None or trio.current_time() < self._owing_since + self._stall:
+                    return self._source
+                self._failed(self._silent())
+                await self._drop()
+            elif self._connecting is not None:
+                await self._connecting.wait()
+            else:
+                await self._connect()
+
+    async def _connect(self) -> None:
+        """Make one attempt, after the pause that is due. Its outcome is in the state."""
+        done = self._connecting = trio.Event()
+        generation = self._generation
+        try:
+            await self._pause(self._not_before - trio.current_time())
+            if self._closed.is_set():
+                return
+            source = await self._attempt(self._opener)
+            if self._closed.is_set() or generation != self._generation:
+                await _close(source)
+                return
+            try:
+                self._check_identity(source)
+            except BackingChanged:
+                await _close(source)
+                raise
+            self._source, self._owing_since = source, None
+            self._format = source.format
+            self._state = BackingState.HEALTHY
+        except BackingUnavailable as error:
+            if generation == self._generation:
+                self._failed(error)
+        except QedfsError as error:
+            if generation == self._generation:
+                self._refuse(error)
+        finally:
+            self._connecting = None
+            done.set()
+
+    def _check_identity(self, source: Source) -> None:
+        found = source.identity
+        if self._expected is None:
+            self._expected = found
+        elif why := difference(self._expected, found):
+            raise BackingChanged(self.name, f"is not what the image was made on: {why}")
+
+    async def _attempt(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Call `function`, giving up when nothing at all was answered for `stall` seconds, or on close."""
+        now = trio.current_time()
+        if self._owing_since is None:
+            self._owing_since = now
+        with trio.CancelScope(deadline=now + self._stall) as scope:
+            self._attempts.add(scope)
+            try:
+                return await function()
+            finally:
+                self._attempts.discard(scope)
+        raise BackingUnavailable(self.name, "is closed") if self._closed.is_set() else self._silent()
+
+    async def _drop(self) -> None:
+        """Close the present source, which nobody asks any more from now on."""
+        source, self._source = self._source, None
+        self._owing_since = None
+        if source is not None:
+            await _close(source)
+
+    def _succeeded(self) -> None:
+        now = trio.current_time()
+        self._successes += 1
+        self._failures = 0
+        self._state = BackingState.HEALTHY
+        # The others' time begins anew: what answers is alive. Not at each answer, for there may be many.
+        if self._attempts and self._owing_since is not None and now - self._owing_since > self._stall / 30:
+            for attempt in self._attempts:
+                attempt.deadline = now + self._stall
+        self._owing_since = now if self._attempts else None
+
+    def _failed(self, error: QedfsError) -> None:
+        self._failures += 1
+        self._not_before = trio.current_time() + self._pause_after(self._failures)
+        self._note(error, BackingState.UNAVAILABLE)
+
+    def _refuse(self, error: QedfsError) -> None:
+        self._refused = error
+        self._note(error, BackingState.REFUSED)
+
+    def _note(self, error: QedfsError, state: BackingState) -> None:
+        self._last_error, self._last_error_time = str(error), time.time()
+        self._state = state
+
+    def _silent(self) -> BackingUnavailable:
+        return BackingUnavailable(self.name, f"no answer for {self._stall:g} seconds")
+
+    def _pause_after(self, failures: int) -> float:
+        longest = min(FIRST_PAUSE * 2.0 ** min(failures - 1, 30), LONGEST_PAUSE)
+        return longest * (1 + self._jitter()) / 2
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but not past the end."""
+        with trio.move_on_after(max(seconds, 0)):
+            await self._closed.wait()
+
+
+def difference(expected: Identity, found: Identity) -> str:
+    """Say in what `found` is another content than `expected`; empty if in nothing that both tell."""
+    if expected.size != found.size:
+        return f"its size was {expected.size} bytes and is {found.size}"
+    if expected.tag and found.tag and expected.tag != found.tag:
+        return f"it was {expected.tag} and is {found.tag}"
+    return ""
+
+
+async def _close(source: Source) -> None:
+    # Also when the caller is being cancelled, or descriptors and connections would leak.
+    with trio.move_on_after(CLOSE_PATIENCE, shield=True):
+        await source.aclose()
