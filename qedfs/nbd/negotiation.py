@@ -255,7 +255,7 @@ class ServerHandshake(Handshake[Agreement]):
         supported = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
         self._send(GREETING.pack(NBD_MAGIC, OPTION_MAGIC, supported))
         flags = int.from_bytes((yield U32.size))
-        if flags & ~supported:
+        if flags & ~int(supported):
             raise NbdProtocolError(CLIENT, "wants what was not offered")
         while True:
             magic, option, length = OPTION.unpack((yield OPTION.size))

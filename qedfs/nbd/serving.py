@@ -86,7 +86,7 @@ class ServerTransmission:
             limit = self._agreement.size
         else:
             return 0 if command == Command.DISC else Errno.EINVAL
-        if flags & ~known or not 0 < length <= limit or pos + length > self._agreement.size:
+        if flags & ~int(known) or not 0 < length <= limit or pos + length > self._agreement.size:
             return Errno.EINVAL
         return 0
 
