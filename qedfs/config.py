@@ -215,11 +215,14 @@ _OPTIONS: Mapping[str, _Option] = {
 _NOT_YET = ("metrics", "shared_cache", "unmount_when_complete")
 """Accepting them would promise what nothing does yet."""
 
-_OTHERS = frozenset(
-    "rw defaults auto noauto user nouser users owner group suid nosuid dev nodev exec noexec async atime noatime "
-    "diratime nodiratime relatime norelatime strictatime lazytime nolazytime iversion noiversion mand nomand silent loud "
-    "_netdev nofail default_permissions fsname subtype comment uhelper helper".split()
-)
+# fmt: off
+_OTHERS = frozenset({
+    "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "suid", "nosuid", "dev", "nodev",
+    "exec", "noexec", "async", "atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime",
+    "lazytime", "nolazytime", "iversion", "noiversion", "mand", "nomand", "silent", "loud", "_netdev", "nofail",
+    "default_permissions", "fsname", "subtype", "comment", "uhelper", "helper",
+})
+# fmt: on
 """Options of mount(8), fstab(5) and FUSE: not ours, or always so."""
 
 
@@ -228,8 +231,10 @@ def split_options(text: str) -> list[str]:
     return [part.replace("\\,", ",") for part in re.split(r"(?<!\\),", text) if part]
 
 
-def parse_mount_options(texts: Iterable[str]) -> MountOptions:
+def parse_mount_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     """Return the options that the `-o` arguments `texts` say; a later one wins, `allow_backing` adds up.
+
+    `sloppy` ignores unknown options, as `mount -s` asks for.
 
     Raises:
         UsageError: an option is unknown, or its value is wrong.
@@ -240,6 +245,8 @@ def parse_mount_options(texts: Iterable[str]) -> MountOptions:
         if name in _OTHERS or name.lower().startswith("x-"):
             if name == "rw":
                 values["mount"].pop("read_only", None)
+            continue
+        if sloppy and name not in _OPTIONS:
             continue
         option = _find_option(name)
         if (option.parse is None) == bool(equals):

@@ -1,0 +1,59 @@
+"""`qedfs unmount`: end a mount, and return when nothing is left to lose."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+
+import click
+import trio
+
+from qedfs.errors import MountError
+from qedfs.fuse.unmount import unmount as detach
+from qedfs.session.mountpoint import FILE_SYSTEM, file_system_of
+
+
+@click.command("unmount", short_help="Flush and unmount; return when everything is closed.")
+@click.option("--lazy", is_flag=True, help="Detach now; serve whoever has a disk open until the last close.")
+@click.argument("mountpoint")
+def command(mountpoint: str, lazy: bool) -> None:
+    """Flush and unmount MOUNTPOINT; return when the serving process has closed its images and ended.
+
+    A busy mount stays; the error says who keeps it busy.
+    """
+    unmount(mountpoint, lazy=lazy)
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Unmount, and wait for the end of the server unless `lazy`. Shared with umount(8)'s helper.
+
+    Raises:
+        MountError: it is no mount of ours, or is busy.
+    """
+    mountpoint = os.path.abspath(mountpoint)
+    if file_system_of(mountpoint) != FILE_SYSTEM:
+        raise MountError(mountpoint, "is not a qedfs mount")
+    # Ordering: the server is found while it is certainly there; afterwards its pid may be another's.
+    server = _open_server(mountpoint)
+    try:
+        trio.run(lambda: detach(mountpoint, lazy=lazy))
+        if server is not None and not lazy:
+            ended = select.poll()
+            ended.register(server, select.POLLIN)
+            ended.poll()
+    finally:
+        if server is not None:
+            os.close(server)
+
+
+def _open_server(mountpoint: str) -> int | None:
+    """Return a pidfd of the process that serves the mount; None when it is dead already."""
+    try:
+        return os.pidfd_open(int(os.getxattr(mountpoint, "user.qedfs.pid")))
+    except OSError as error:
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.ESRCH):
+            return None
+        raise MountError(mountpoint, f"does not say who serves it ({os.strerror(error.errno or 0)})") from error
+    except ValueError as error:
+        raise MountError(mountpoint, "does not say who serves it") from error

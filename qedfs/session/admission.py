@@ -1,0 +1,129 @@
+"""Opening one leaf: file, lock, image, backing, disk; and closing them in the opposite order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from qedfs.backing.base import Identity
+from qedfs.backing.locate import Policy, Reference, open_backing
+from qedfs.backing.location import masked
+from qedfs.backing.resilient import Backing
+from qedfs.config import MountOptions
+from qedfs.disk.disk import Disk, open_disk
+from qedfs.errors import LeafError, ReadOnly
+from qedfs.image.image import Image, open_image
+from qedfs.image.record import Pin, hash_name, short_tag
+from qedfs.image.storage import FileStorage, open_storage
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 2.0
+"""Seconds that a mount waits for each backing, to find out whether it is the right one. A leaf whose backing does not
+answer is served all the same, and must not keep the caller waiting."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What holds for all leaves of a mount. `mountpoint` is a real path: no backing may lie below it."""
+
+    options: MountOptions
+    mountpoint: str
+    uid: int
+
+    def policy(self) -> Policy:
+        return Policy(
+            mounter_uid=self.uid,
+            allow_backing=self.options.allow_backing,
+            forbidden_roots=(self.mountpoint,),
+            connections=self.options.connections,
+        )
+
+
+@asynccontextmanager
+async def admitted(path: str, terms: Terms) -> AsyncIterator[Disk]:
+    """Serve the image at `path` (absolute) as a disk while inside; leaving makes everything durable and closes it.
+
+    Raises:
+        InvalidImage, Locked, BackingRefused, BackingChanged, NotAllowed: it cannot be served.
+        LeafError: it cannot be read; at leaving: what was written since the last flush may not be durable.
+    """
+    image = await _open(path, read_only=terms.options.read_only)
+    backing: Backing | None = None
+    try:
+        if image.backing_name:
+            backing = _backing_of(image, terms)
+            if not image.record.hold:
+                await _meet(image, backing, trust=terms.options.trust_backing)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await image.aclose()
+            if backing:
+                await backing.aclose()
+        raise
+    async with open_disk(image, backing, terms.options.disk) as disk:
+        yield disk
+
+
+async def _open(path: str, *, read_only: bool) -> Image:
+    storage = await _open_storage(path, read_only=read_only)
+    try:
+        return await open_image(storage)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await storage.aclose()
+        raise
+
+
+async def _open_storage(path: str, *, read_only: bool) -> FileStorage:
+    if not read_only:
+        try:
+            return await open_storage(path, writable=True)
+        except ReadOnly as error:
+            log.warning("%s; served read-only", error)
+    return await open_storage(path, writable=False)
+
+
+def _backing_of(image: Image, terms: Terms) -> Backing:
+    pin = image.record.pin_of(image.backing_name)
+    stored = "raw" if image.header.backing_is_raw else pin.format if pin else None
+    reference = Reference(
+        name=image.backing_name, format=stored, location=FileLocation(image.name), owner=_owner(image)
+    )
+    policy = terms.policy()
+    # What the user trusts is pinned anew; a held image is on its way from somewhere else and pins nothing.
+    expected = None if pin is None or terms.options.trust_backing or image.record.hold else Identity(pin.size, pin.tag)
+    return Backing(
+        lambda: open_backing(reference, policy),
+        name=masked(image.backing_name),
+        format=stored or "",
+        expected=expected,
+    )
+
+
+async def _meet(image: Image, backing: Backing, *, trust: bool) -> None:
+    """Find out whether the backing is the right one, and remember what it is at the first writable mount."""
+    identity: Identity | None = None
+    with trio.move_on_after(PATIENCE):
+        identity = await backing.identity()
+    if identity is None:
+        why = backing.statistics().last_error or f"{backing.name}: does not answer"
+        log.warning("%s; until it is reached only what is local can be read", why)
+    elif image.storage.writable and (trust or not image.record.pin_of(image.backing_name)):
+        await _pin(image, Pin(hash_name(image.backing_name), backing.format, identity.size, short_tag(identity.tag)))
+
+
+async def _pin(image: Image, pin: Pin) -> None:
+    if image.record.pins == (pin,):
+        return
+    try:
+        stored = await image.set_record(image.record.pinned(pin))
+    except LeafError as error:
+        log.warning("%s", error)
+    else:
+        if not stored:
+            log.warning("%s: no room in its header to note what its backing is; a change will go unnoticed", image.name)

@@ -1,0 +1,167 @@
+"""One mount from its start to its end.
+
+Order of start: judge the mountpoint, open the source directories, admit the leaves, mount, tell the caller, watch.
+Order of stop, whoever causes it (a signal, `qedfs unmount`, umount(8)): the kernel hands over every dirty page and
+detaches the mount, the handles close, the leaves become durable and close, the process ends. Nothing here drops cached
+data: a signal only asks the kernel to unmount, lazily if the mount is busy, and a second one changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+import trio
+
+from qedfs.config import MountOptions
+from qedfs.errors import MountError
+from qedfs.fuse.mount import serve
+from qedfs.fuse.unmount import unmount
+from qedfs.session.admission import Terms
+from qedfs.session.mountpoint import check_mountpoint
+from qedfs.session.roster import Roster
+from qedfs.session.watch import Folder, open_folder
+from qedfs.tree.tree import Tree
+
+log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Mount:
+    """What to mount where. All paths are absolute."""
+
+    sources: tuple[str, ...]
+    mountpoint: str
+    options: MountOptions
+
+
+def run_mount(mount: Mount, ready: Callable[[], None]) -> int:
+    """Serve `mount` until it is unmounted, calling `ready` once it is usable. Return the exit status.
+
+    Raises:
+        QedfsError: it cannot be mounted, or a leaf named as a source cannot be served.
+    """
+    usable = False
+
+    def tell() -> None:
+        nonlocal usable
+        ready()
+        usable = True
+
+    try:
+        return trio.run(_run, mount, tell)
+    except BaseException:
+        if usable:  # before that, the caller is there to be told
+            log.critical("%s: ended by an internal error", mount.mountpoint, exc_info=True)
+        raise
+
+
+async def _run(mount: Mount, ready: Callable[[], None]) -> int:
+    ending = _Ending(mount.mountpoint)
+    with trio.open_signal_receiver(*_SIGNALS) as signals:
+        async with trio.open_nursery() as listening:
+            listening.start_soon(ending.obey, signals)
+            status = await _serve(mount, ready, ending)
+            listening.cancel_scope.cancel()
+    return ending.status or status
+
+
+class _Ending:
+    """What a signal does: before the mount is usable it stops the start, later it unmounts."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self.status = 0
+        self.starting = trio.CancelScope()
+        self._mountpoint = mountpoint
+        self._mounted = False
+
+    def mounted(self) -> None:
+        self._mounted = True
+
+    async def obey(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            name = signal.Signals(number).name
+            if not self._mounted:
+                self.status = 128 + number
+                self.starting.cancel()
+                continue
+            log.info("%s: %s, unmounting", self._mountpoint, name)
+            try:
+                await unmount(self._mountpoint, lazy=True)
+            except MountError as error:
+                log.info("%s", error)  # a second signal, or somebody was faster
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a mount begins with: `mountpoint` is its real path, `images` are to be served at any rate."""
+
+    mountpoint: str
+    images: list[str]
+    folders: list[Folder]
+
+
+@contextlib.contextmanager
+def _opened(mount: Mount) -> Iterator[_Opened]:
+    """Judge the mountpoint, then open the directories: after mounting, their paths could lead elsewhere."""
+    check_mountpoint(mount.mountpoint, mount.sources)
+    real = os.path.realpath(mount.mountpoint)
+    with contextlib.ExitStack() as stack:
+        images: list[str] = []
+        folders: list[Folder] = []
+        for path in mount.sources:
+            if os.path.isdir(path):
+                folders.append(stack.enter_context(open_folder(path, real)))
+            else:
+                images.append(path)
+        yield _Opened(real, images, folders)
+
+
+async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending) -> int:
+    with _opened(mount) as opened:
+        async with trio.open_nursery() as leaves:
+            roster = Roster(Terms(mount.options, opened.mountpoint, os.getuid()), leaves)
+            try:
+                with ending.starting:
+                    await _admit_all(opened, roster)
+                    async with trio.open_nursery() as mounted:
+                        await mounted.start(_serve_until_unmounted, roster.tree, mount, mounted.cancel_scope)
+                        ending.mounted()
+                        for folder in opened.folders:
+                            mounted.start_soon(folder.watch, roster)
+                        await _tell(ready, mount.mountpoint)
+            finally:
+                roster.tree.close_all()  # the kernel need not tell us the last close
+                roster.release_all()
+    return 1 if roster.failed else 0
+
+
+async def _admit_all(opened: _Opened, roster: Roster) -> None:
+    """Admit the named images, all of which must succeed, then what the directories hold."""
+    async with trio.open_nursery() as nursery:
+        for path in opened.images:
+            nursery.start_soon(roster.admit, path)
+    for folder in opened.folders:
+        await folder.begin(roster)
+
+
+async def _serve_until_unmounted(
+    tree: Tree, mount: Mount, watching: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    await serve(tree, mount.mountpoint, mount.options, task_status=task_status)
+    watching.cancel()
+
+
+async def _tell(ready: Callable[[], None], mountpoint: str) -> None:
+    try:
+        ready()
+    except OSError:
+        # Whoever asked for the mount has gone and was never told that it is there: leave nothing behind.
+        log.warning("%s: nobody waits for it any more, unmounting", mountpoint)
+        await unmount(mountpoint, lazy=True)
