@@ -38,6 +38,8 @@ class Rights(Enum):
     OURS = "ours"
     OWNER = "owner"
     """With those of the naming image's owner."""
+    NAMED = "named"
+    """With ours, and only if `allow_backing` names it."""
 
 
 @dataclass(frozen=True)
@@ -73,35 +75,38 @@ class Policy:
     def trusts(self, owner: Owner) -> bool:
         return owner.uid in (0, self.mounter) and owner.alone_may_write
 
-    def names(self, backing: str) -> bool:
-        """Whether a pattern of `allow_backing` matches the full name `backing`."""
-        return any(fnmatchcase(backing, pattern) for pattern in self.allow_backing)
+    def rights(self, owner: Owner | None, *, remote: bool, place: Place, name: str) -> Rights:
+        """Return with whose rights an image has its backing opened. `name` is for the message.
 
-    def rights(self, owner: Owner | None, *, remote: bool, place: Place, backing: str) -> Rights:
-        """Return with whose rights the image of `owner` has its backing opened.
-
-        `owner` is None for an image without one: a remote one (`remote`), or a person at the command line. `backing` is
-        the full name; a file's is known only once it was looked at, so this is asked again then.
+        `owner` answers for the image; None for a remote one (`remote`), and for a person at the command line.
 
         Raises:
-            NotAllowed: it may not name this backing.
+            NotAllowed: the image may not name a backing in that place, whatever it is.
         """
         if remote and place is not Place.REMOTE:
-            raise NotAllowed(backing, "an image that is read from a remote source may not name anything local")
-        if self.allow_backing and not self.names(backing):
-            raise NotAllowed(backing, "no pattern of allow_backing matches it")
+            raise NotAllowed(name, "an image that is read from a remote source may not name anything local")
         if not remote and (owner is None or self.trusts(owner)):
             return Rights.OURS
-        as_owner = place is Place.FILE and owner is not None and owner.alone_may_write and self.mounter == 0
-        if as_owner:
+        if place is Place.FILE and owner is not None and owner.alone_may_write and self.mounter == 0:
             return Rights.OWNER
-        if self.names(backing):
-            return Rights.OURS
-        raise NotAllowed(backing, f"{_distrust(owner, remote)}; allow_backing does not name this backing")
+        if not self.allow_backing:
+            raise NotAllowed(name, f"{_distrust(owner)}; it may name only what allow_backing names")
+        return Rights.NAMED
+
+    def check_name(self, name: str) -> None:
+        """Raise `NotAllowed` if patterns were given and none matches the full name of a backing."""
+        if self.allow_backing and not any(fnmatchcase(name, pattern) for pattern in self.allow_backing):
+            raise NotAllowed(name, "no pattern of allow_backing matches it")
+
+    def check_path(self, path: str) -> None:
+        """Raise `NotAllowed` if the real path of a backing lies in a forbidden root."""
+        for root in self.forbidden_roots:
+            if path == root or path.startswith(root.rstrip("/") + "/"):
+                raise NotAllowed(path, f"lies under the mountpoint {root}")
 
 
-def _distrust(owner: Owner | None, remote: bool) -> str:
-    if remote or owner is None:
+def _distrust(owner: Owner | None) -> str:
+    if owner is None:
         return "the image that names it comes from a remote source"
     if not owner.alone_may_write:
         return "the image that names it may be written by its group or by others"
