@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from contrib.boot import guest
-from contrib.boot.boot import CACHES, PATHS, Options, boot
+from contrib.boot.boot import CACHES, WAYS, Options, boot
 from contrib.boot.server import SERVERS, TRANSPORTS
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--transport", choices=TRANSPORTS, default=default.transport, help="of NBD (%(default)s)")
     parser.add_argument(
         "--through",
-        choices=PATHS,
+        choices=WAYS,
         default=default.through,
         help="a qedfs mount, or QEMU's own QED driver (%(default)s)",
     )

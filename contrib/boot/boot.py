@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from contrib.boot import judge, workload
 from contrib.boot.guest import DISK_BYTES, BootError, Guest, run
 from contrib.boot.server import serving
 
 CACHES = ("none", "writeback")
-PATHS = ("qedfs", "qemu")
 QEDFS = (sys.executable, "-m", "qedfs")
 CONSOLE_LINES = 40
 
@@ -31,6 +31,13 @@ class Options:
     through: str = "qedfs"
     timeout: float = 180.0
     """Seconds the guest may take."""
+
+
+class Disk(NamedTuple):
+    """What QEMU is told to boot from."""
+
+    path: Path
+    format: str
 
 
 @dataclass
@@ -55,7 +62,7 @@ def boot(guest: Guest, options: Options, folder: Path) -> Report:
     """Boot `guest` once from a new leaf in the empty `folder`, and check everything that must hold afterwards.
 
     Raises:
-        BootError: a step fails or a check does not hold; a note has the end of the guest's console if it was started.
+        BootError: a step fails or a check does not hold; notes have the end of the guest's console and the log of qedfs.
             No process and no mount of ours is left.
     """
     report = Report()
@@ -63,13 +70,8 @@ def boot(guest: Guest, options: Options, folder: Path) -> Report:
     token = os.urandom(8).hex()
     base_before = judge.sha256_of(guest.disk)
     with serving(guest.disk, options.server, options.transport, folder) as url:
-        if options.through == "qedfs":
-            boot_from_mount(guest, options, folder, leaf, url, token, report)
-        else:
-            with report.timed("create"):
-                run("qemu-img", "create", "-q", "-f", "qed", "-b", url, "-F", "raw", leaf)
-            with report.timed("boot"):
-                run_guest(guest, leaf, "qed", token, options, folder / "console")
+        with WAYS[options.through](leaf, url, report) as disk, report.timed("boot"):
+            run_guest(guest, disk, token, options, folder / "console")
         with report.timed("check"):
             judge.check_leaf(leaf)
             judge.check_files(leaf, workload.sums_after(guest.sums(), token), folder)
@@ -79,20 +81,18 @@ def boot(guest: Guest, options: Options, folder: Path) -> Report:
     return report
 
 
-def boot_from_mount(
-    guest: Guest, options: Options, folder: Path, leaf: Path, url: str, token: str, report: Report
-) -> None:
+@contextmanager
+def through_qedfs(leaf: Path, url: str, report: Report) -> Iterator[Disk]:
+    """Make `leaf` over the export at `url`, mount it beside itself, and unmount it after use."""
+    mountpoint, log = leaf.with_name("mnt"), leaf.with_name("mount.log")
+    mountpoint.mkdir()
     with report.timed("create"):
         run(*QEDFS, "create", "-b", url, "-F", "raw", leaf)
-    mountpoint = folder / "mnt"
-    mountpoint.mkdir()
-    log = folder / "mount.log"
     try:
         with report.timed("mount"):
             run(*QEDFS, "mount", "--log-file", log, leaf, mountpoint)
         disk = mountpoint / "vm.raw"
-        with report.timed("boot"):
-            run_guest(guest, disk, "raw", token, options, folder / "console")
+        yield Disk(disk, "raw")
         report.backing_bytes_read = int(os.getxattr(disk, "user.qedfs.backing_bytes_read"))
         with report.timed("unmount"):
             run(*QEDFS, "unmount", mountpoint)
@@ -107,7 +107,18 @@ def boot_from_mount(
         raise BootError(f"backing_bytes_read is {report.backing_bytes_read}, not between {least} and {DISK_BYTES}")
 
 
-def run_guest(guest: Guest, disk: Path, image_format: str, token: str, options: Options, console: Path) -> None:
+@contextmanager
+def through_qemu(leaf: Path, url: str, report: Report) -> Iterator[Disk]:
+    """Make `leaf` over the export at `url` with QEMU's tools, for QEMU's own driver."""
+    with report.timed("create"):
+        run("qemu-img", "create", "-q", "-f", "qed", "-b", url, "-F", "raw", leaf)
+    yield Disk(leaf, "qed")
+
+
+WAYS = {"qedfs": through_qedfs, "qemu": through_qemu}
+
+
+def run_guest(guest: Guest, disk: Disk, token: str, options: Options, console: Path) -> None:
     """Run the guest on `disk` until it powers off, by emulation, so that it is the same on every machine.
 
     Raises:
@@ -119,7 +130,7 @@ def run_guest(guest: Guest, disk: Path, image_format: str, token: str, options: 
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", f"file:{console}"),
         *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)),
         *("-append", f"console=ttyS0 panic=-1 token={token}"),
-        *("-drive", f"file={disk},format={image_format},if=virtio,cache={options.cache}"),
+        *("-drive", f"file={disk.path},format={disk.format},if=virtio,cache={options.cache}"),
     ]
     try:
         run(*command, timeout=options.timeout)
