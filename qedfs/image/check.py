@@ -15,7 +15,8 @@ passed over.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -108,12 +109,16 @@ class _Scan:
     """References to clusters that are referenced already."""
     unreadable: int = 0
 
-    async def l1(self) -> AsyncIterator[tuple[int, Entries]]:
+    async def l1(self) -> AsyncGenerator[tuple[int, Entries], None]:
         """Yield the pieces of L1 that may hold anything, with their offsets in the file."""
-        async for piece in self._pieces(self.header.l1_table_offset):
-            yield piece
+        offset, end = self.header.l1_table_offset, self.header.l1_table_offset + self.header.geometry.table_bytes
+        while offset < end:
+            offset, entries = await self._piece(offset, end)
+            if entries.size:
+                yield offset, entries
+            offset += entries.nbytes
 
-    async def pieces(self) -> AsyncIterator[_Piece]:
+    async def pieces(self) -> AsyncGenerator[_Piece, None]:
         """Yield the pieces of all L2 tables that may hold anything. A table that cannot be read is counted and left."""
         start = end = 0  # data of the file, the newest range asked for
         for table in map(int, self.tables):
@@ -122,24 +127,25 @@ class _Scan:
             if table + self.header.geometry.table_bytes <= start:
                 continue
             before = 0
-            try:
-                async for offset, entries in self._pieces(table):
+            offset = table
+            while offset < table + self.header.geometry.table_bytes:
+                try:
+                    offset, entries = await self._piece(offset, table + self.header.geometry.table_bytes)
+                except LeafError:
+                    self.unreadable += 1
+                    break
+                if entries.size:
                     yield _Piece(offset, entries, before)
                     data = entries[entries > ZERO]
                     before = int(data[-1]) if data.size else before
-            except LeafError:
-                self.unreadable += 1
+                offset += entries.nbytes
 
-    async def _pieces(self, table: int) -> AsyncIterator[tuple[int, Entries]]:
-        offset, end = table, table + self.header.geometry.table_bytes
-        while offset < end:
-            data, _ = await self.storage.next_data(offset)
-            offset = max(offset, data // SECTOR * SECTOR)
-            if offset >= end:
-                return
-            length = min(PIECE, end - offset)
-            yield offset, np.frombuffer(await self.storage.read(offset, length), dtype=np.uint64)
-            offset += length
+    async def _piece(self, offset: int, end: int) -> tuple[int, Entries]:
+        """Read the first piece of `[offset, end)` that may hold anything; without one, none at `end`."""
+        data, _ = await self.storage.next_data(offset)
+        offset = min(max(offset, data // SECTOR * SECTOR), end)
+        piece = await self.storage.read(offset, min(PIECE, end - offset))
+        return offset, np.frombuffer(piece, dtype=np.uint64)
 
     def table_offsets_invalid(self, entries: Entries) -> npt.NDArray[np.bool_]:
         """Say of each L1 entry whether it names no valid table."""
@@ -256,10 +262,12 @@ async def _leaks(scan: _Scan) -> int:
 
 async def _drop_invalid(scan: _Scan) -> None:
     """Set all invalid entries to unallocated."""
-    async for piece in scan.pieces():
-        await _zero(scan.storage, piece.offset, piece.entries, scan.cluster_offsets_invalid(piece.entries))
-    async for offset, entries in scan.l1():
-        await _zero(scan.storage, offset, entries, scan.table_offsets_invalid(entries))
+    async with aclosing(scan.pieces()) as pieces:
+        async for piece in pieces:
+            await _zero(scan.storage, piece.offset, piece.entries, scan.cluster_offsets_invalid(piece.entries))
+    async with aclosing(scan.l1()) as pieces_of_l1:
+        async for offset, entries in pieces_of_l1:
+            await _zero(scan.storage, offset, entries, scan.table_offsets_invalid(entries))
 
 
 async def _zero(storage: Storage, offset: int, entries: Entries, invalid: npt.NDArray[np.bool_]) -> None:
