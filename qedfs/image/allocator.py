@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 from typing import NamedTuple
 
-
 MAX_FORBIDDEN = 1 << 16
 """Ranges remembered one by one."""
 

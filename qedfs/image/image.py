@@ -7,6 +7,7 @@ without an await between them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import trio
 
-from qedfs.errors import CorruptEntry, QedfsError
+from qedfs.errors import CorruptEntry, LeafError, QedfsError
 from qedfs.image import header as headers
 from qedfs.image import record as records
 from qedfs.image.allocator import Allocator, Extent
@@ -64,11 +65,15 @@ class Image:
         self._begin_lock = trio.Lock()
         self._uncommitted = 0
         self._dirtied = 0
+        self._changed = trio.Event()
+        self._urgent = trio.Event()
         self._survey_lock = trio.Lock()
         self._surveyed = trio.Event()
         self._counts = Counts()
         self.survey_problem = ""
         """What the survey met that speaks against the image, for `last_error`; empty if nothing."""
+        self.survey_time = 0.0
+        """When it met that, in seconds since the epoch."""
 
     # -- looking up ----------------------------------------------------------------------------------------------------
 
@@ -177,8 +182,8 @@ class Image:
 
     def link_data(self, first: int, clusters: int, offset: int) -> None:
         """Let the clusters from `first` on be those at `offset` (bytes). They are whole in the file and pinned here."""
-        self._link(first, clusters, offset, self._mask + 1)
         self._uncommitted += clusters << self._shift
+        self._link(first, clusters, offset, self._mask + 1)
 
     def link_zero(self, first: int, clusters: int) -> None:
         """Let the clusters from `first` on read as zeros. Pinned as for `link_data`."""
@@ -189,15 +194,28 @@ class Image:
         """Whether memory has entries that the disk does not have."""
         return not self.committer.clean
 
+    async def wait_changed(self) -> None:
+        """Return when an entry has been linked since the last commit began."""
+        await self._changed.wait()
+
+    async def wait_urgent(self) -> None:
+        """Return when so much waits for a commit that one should start at once."""
+        await self._urgent.wait()
+
     @property
     def urgent(self) -> bool:
-        """Whether so much waits for a commit that one should start at once."""
-        return self._uncommitted > MAX_UNCOMMITTED_BYTES or self._dirtied * self.geometry.table_bytes > MAX_DIRTY_BYTES
+        """Whether so much waits for a commit that whoever links more should wait for one."""
+        return self._urgent.is_set()
 
     async def commit(self, *, durable: bool) -> None:
         """Bring what is linked to the disk (`Committer.commit`)."""
         self._uncommitted = self._dirtied = 0
-        await self.committer.commit(durable=durable)
+        self._changed, self._urgent = trio.Event(), trio.Event()
+        try:
+            await self.committer.commit(durable=durable)
+        except LeafError:
+            self._changed.set()  # what was not written is still to be written
+            raise
 
     async def begin_allocating(self) -> None:
         """Make the image ready for the first allocation of this mount: surveyed, and marked as being written.
@@ -240,12 +258,12 @@ class Image:
         survey.see_l1(self._l1)
         l1 = as_array(self._l1)
         _, first_uses = np.unique(l1, return_index=True)
-        survey.trusted = len(first_uses) >= np.count_nonzero(l1)  # else two entries name one table
+        survey.trusted = len(first_uses) >= int(np.count_nonzero(l1))  # else two entries name one table
         for index in sorted(first_uses[l1[first_uses] != UNALLOCATED]):
             await self._survey_table(int(index), survey, repairing)
         self._counts = survey.counts
         if survey.invalid:
-            self.survey_problem = f"{survey.invalid} table entries are invalid; 'qedfs check' says more"
+            self._speaks_against(f"{self.name}: {survey.invalid} table entries are invalid; 'qedfs check' says more")
         if not self.storage.writable:
             return
         if repairing and self.pending:
@@ -261,7 +279,7 @@ class Image:
             table = await self._load(index)
         except QedfsError as error:
             survey.trusted = False
-            self.survey_problem = str(error)
+            self._speaks_against(str(error))
             return
         assert table is not None
         survey.see_table(table.offset)
@@ -274,14 +292,17 @@ class Image:
         if not here:
             self.tables.drop(table)
 
+    def _speaks_against(self, problem: str) -> None:
+        self.survey_problem, self.survey_time = problem, time.time()
+
     async def counts(self) -> Counts:
         """Return how many clusters are data and how many are zero, once all tables have been seen."""
         await self._surveyed.wait()
         return self._counts
 
-    def counts_nowait(self) -> Counts:
-        """Return the counts of the tables seen so far."""
-        return self._counts
+    def counts_nowait(self) -> Counts | None:
+        """Return the same, or None while it is not known."""
+        return self._counts if self._surveyed.is_set() else None
 
     # -- the header ----------------------------------------------------------------------------------------------------
 
@@ -389,6 +410,9 @@ class Image:
             after = count(table.entries[index : index + counted])
             self._add(Counts(after.data - before.data, after.zero - before.zero))
             offset += n * step
+        self._changed.set()
+        if self._uncommitted > MAX_UNCOMMITTED_BYTES or self._dirtied * self.geometry.table_bytes > MAX_DIRTY_BYTES:
+            self._urgent.set()
 
     def _pieces(self, first: int, clusters: int) -> Iterator[tuple[Table, int, int]]:
         while clusters:

@@ -76,6 +76,13 @@ class Storage(ABC):
     async def punch(self, offset: int, length: int) -> bool:
         """Turn the range into a hole that reads as zeros; False, and nothing changed, where there are no holes."""
 
+    async def next_data(self, offset: int) -> tuple[int, int]:
+        """Return `[start, end)` of the first range at or after `offset` that may hold anything but zeros.
+
+        Both are the length of the file when there is none.
+        """
+        return min(offset, self.length()), self.length()
+
     @abstractmethod
     async def aclose(self) -> None:
         """Close the file and let go of its locks."""
@@ -152,6 +159,20 @@ class FileStorage(Storage):
             raise self._error("a hole cannot be punched", OSError(code, os.strerror(code)))
 
         return await self._in_thread(punch)
+
+    async def next_data(self, offset: int) -> tuple[int, int]:
+        def seek() -> tuple[int, int]:
+            try:
+                start = os.lseek(self.fd, offset, os.SEEK_DATA)
+                return start, os.lseek(self.fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return self.length(), self.length()
+                if error.errno == errno.EINVAL:  # a file system, or a block device, that knows no holes
+                    return min(offset, self.length()), self.length()
+                raise self._error("cannot be read", error) from error
+
+        return await self._in_thread(seek)
 
     async def aclose(self) -> None:
         fd, self.fd = self.fd, -1

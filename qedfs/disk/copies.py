@@ -1,0 +1,141 @@
+"""Bringing what was fetched into the leaf, behind the answers. Copies never wait for a claim and never fail a reader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import trio
+
+from qedfs.disk.claims import Claims
+from qedfs.disk.fetches import MAX_FETCH, Bytes, Fetch
+from qedfs.disk.plan import is_zero, zero_clusters
+from qedfs.errors import LeafError, LeafFull, QedfsError
+from qedfs.image.image import Image
+from qedfs.image.tables import Run, State
+
+REST = 5.0
+"""Seconds without copies after the leaf did not take one: a full disk is looked at again this often."""
+
+
+class Copies:
+    """Copies into one image. `error` is the newest failure and `error_time` when it was (seconds since the epoch)."""
+
+    def __init__(self, image: Image, claims: Claims) -> None:
+        self._image = image
+        self._claims = claims
+        self._cluster_size = image.geometry.cluster_size
+        self._resting_until = -float("inf")
+        self._large: set[int] = set()
+        self.full = False
+        """The last copy failed for want of room."""
+        self.error: QedfsError | None = None
+        self.error_time = 0.0
+
+    @property
+    def resting(self) -> bool:
+        """Whether copying pauses because the leaf did not take the last one."""
+        return trio.current_time() < self._resting_until
+
+    async def copy(self, fetch: Fetch) -> None:
+        """Put into the leaf what is still missing of a fetch that has ended well. Raises nothing that is expected."""
+        try:
+            end = self._still_inside(fetch)
+            for first, stop in self._claims.unclaimed(fetch.first, end):
+                with self._claims.hold_nowait(first, stop):
+                    await self._copy_claimed(fetch, first, stop)
+        except QedfsError as error:
+            self._rest(error)
+
+    async def link_promised(self, first: int, end: int) -> None:
+        """Let what is missing of `[first, end)`, which the backing promises to read as zeros, be zero clusters."""
+        for start, stop in self._claims.unclaimed(first, end):
+            with self._claims.hold_nowait(start, stop):
+                async with self._image.pinned(start, stop):
+                    for run_first, run_end in self._missing(start, stop):
+                        self._image.link_zero(run_first, run_end - run_first)
+
+    async def copy_large(self, cluster: int, backing: Bytes) -> None:
+        """Fetch a cluster larger than `MAX_FETCH` and put it into the leaf, piece by piece under one claim.
+
+        Does nothing when somebody has the claim or another call is at it. Raises nothing that is expected.
+        """
+        if cluster in self._large or not self._claims.unclaimed(cluster, cluster + 1):
+            return
+        self._large.add(cluster)
+        try:
+            with self._claims.hold_nowait(cluster, cluster + 1):
+                run = await self._image.run(cluster * self._cluster_size, 1)
+                if run.state is State.BACKING:
+                    await self._copy_large_claimed(cluster, backing)
+        except QedfsError as error:
+            self._rest(error)
+        finally:
+            self._large.remove(cluster)
+
+    def _still_inside(self, fetch: Fetch) -> int:
+        # The bytes past the end of a smaller disk are zeros and not the backing's.
+        if fetch.size == self._image.header.image_size:
+            return fetch.end
+        return min(fetch.end, fetch.size // self._cluster_size)
+
+    async def _copy_claimed(self, fetch: Fetch, first: int, end: int) -> None:
+        async with self._image.pinned(first, end):
+            missing = list(self._missing(first, end))
+            for run_first, run_end in missing:
+                data = memoryview(fetch.buffer)[self._at(fetch, run_first) : self._at(fetch, run_end)]
+                for part_first, part_end, zero in zero_clusters(run_first, data, self._cluster_size):
+                    if zero:
+                        self._image.link_zero(part_first, part_end - part_first)
+                    else:
+                        await self._write(part_first, part_end, data[self._part(run_first, part_first, part_end)])
+
+    async def _write(self, first: int, end: int, data: memoryview) -> None:
+        extent = self._image.allocate(end - first)
+        # A write that fails leaves the extent leaked: what of it reached the disk is in doubt.
+        await self._image.storage.write(extent.offset, data)
+        self._image.link_data(first, end - first, extent.offset)
+        self.full = False
+
+    async def _copy_large_claimed(self, cluster: int, backing: Bytes) -> None:
+        await self._image.begin_allocating()
+        extent = self._image.allocate(1)
+        start = cluster * self._cluster_size
+        all_zero = True
+        for inside in range(0, self._cluster_size, MAX_FETCH):
+            piece = bytearray(MAX_FETCH)
+            length = max(0, min(MAX_FETCH, self._image.header.image_size - start - inside))
+            if length:
+                await backing.read_into(start + inside, memoryview(piece)[:length])
+            all_zero = all_zero and is_zero(memoryview(piece))
+            await self._image.storage.write(extent.offset + inside, piece)
+        async with self._image.pinned(cluster, cluster + 1):
+            if all_zero:
+                self._image.link_zero(cluster, 1)
+            else:
+                self._image.link_data(cluster, 1, extent.offset)
+        if all_zero:
+            self._image.allocator.release(extent.offset, extent.length)
+
+    def _missing(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield what of `[first, end)`, claimed and pinned, is not local."""
+        size = self._cluster_size
+        while first < end:
+            run = self._image.run_nowait(first * size, (end - first) * size)
+            assert isinstance(run, Run), "the table is pinned"
+            stop = first + run.length // size
+            if run.state is State.BACKING:
+                yield (first, stop)
+            first = stop
+
+    def _at(self, fetch: Fetch, cluster: int) -> int:
+        return (cluster - fetch.first) * self._cluster_size
+
+    def _part(self, base: int, first: int, end: int) -> slice:
+        return slice((first - base) * self._cluster_size, (end - base) * self._cluster_size)
+
+    def _rest(self, error: QedfsError) -> None:
+        self.error, self.error_time = error, time.time()
+        if isinstance(error, LeafError):
+            self.full = isinstance(error, LeafFull)
+            self._resting_until = trio.current_time() + REST
