@@ -6,6 +6,7 @@ Time limits are in setup.cfg. Choose how hypothesis searches by the environment,
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import logging
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -56,15 +58,19 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """
     if not isinstance(item, pytest.Function) or {"autojump_clock", "mock_clock"} & set(item.fixturenames):
         return (yield)
-    marker = item.get_closest_marker("timeout")
-    timeout = float(marker.args[0] if marker and marker.args else item.config.getini("timeout"))
     holder, name = (item.obj.hypothesis, "inner_test") if hasattr(item.obj, "hypothesis") else (item, "obj")
     test = getattr(holder, name)
-    setattr(holder, name, _limited(test, 0.9 * timeout))
+    setattr(holder, name, _limited(test, 0.9 * _limit_of(item)))
     try:
         return (yield)
     finally:
         setattr(holder, name, test)
+
+
+def _limit_of(item: pytest.Item) -> float:
+    """Seconds that pytest-timeout gives to `item`."""
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0] if marker and marker.args else item.config.getini("timeout"))
 
 
 def _limited(test: Callable[..., Any], seconds: float) -> Callable[..., Any]:
@@ -130,15 +136,26 @@ def expected_warnings(_warning_log: _WarningLog) -> Callable[[str], None]:
 def _mounts_below(folder: Path) -> set[str]:
     """The mountpoints below `folder`: only ours, as others may mount things on this machine meanwhile."""
     mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape")
-    # Octal escapes stand for the blanks of a path (proc(5), fstab(5)); pytest's folders have none that matter here.
-    points = [line.split(" ")[1].replace("\\040", " ") for line in mounts.splitlines()]
+    # Octal escapes stand for the blanks of a path (fstab(5)).
+    points = {line.split(" ")[1].replace("\\040", " ") for line in mounts.splitlines()}
     return {point for point in points if point.startswith(f"{folder}/")}
 
 
+def _detach(points: set[str]) -> None:
+    """Take mounts away, without asking who serves them.
+
+    Root does it by force: FUSE then also answers what still waits for the mount with an error, for a process stuck in such
+    a request cannot even be killed. No program is run for that, since it would inherit open files of the mount and be stuck
+    as it closes them.
+    """
+    force_detach = 1 | 2  # MNT_FORCE | MNT_DETACH, umount(2)
+    for point in sorted(points, reverse=True):
+        if ctypes.CDLL(None).umount2(os.fsencode(point), force_detach) != 0:
+            subprocess.run(["fusermount3", "-u", "-z", "--", point], check=False, timeout=30)
+
+
 def _refuse_mounts_left(left: set[str]) -> None:
-    """Detach the mounts that are `left`, so that nothing hangs on them, and fail."""
-    for point in sorted(left, reverse=True):
-        subprocess.run(["fusermount3", "-u", "-z", "--", point], check=False, timeout=30)
+    _detach(left)
     if left:
         pytest.fail(f"left mounted: {', '.join(sorted(left))}", pytrace=False)
 
@@ -156,7 +173,13 @@ def _no_mount_outlives_the_run(_temporary_root: Path) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_mount_outlives_its_test(_temporary_root: Path, _no_mount_outlives_the_run: None) -> Iterator[None]:
+def _no_mount_outlives_its_test(
+    request: pytest.FixtureRequest, _temporary_root: Path, _no_mount_outlives_the_run: None
+) -> Iterator[None]:
     before = _mounts_below(_temporary_root)
+    # A test stuck in a request to a mount does not see the signal of its limit before the request is answered.
+    watchdog = threading.Timer(_limit_of(request.node) + 5, lambda: _detach(_mounts_below(_temporary_root)))
+    watchdog.start()
     yield
+    watchdog.cancel()
     _refuse_mounts_left(_mounts_below(_temporary_root) - before)
