@@ -1,0 +1,110 @@
+"""What the tree shows as one file: a disk, and what is known of the image file it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from qedfs.config import Mode, StreamOptions
+
+
+class Counts(Protocol):
+    """Numbers of clusters that need no backing."""
+
+    @property
+    def data(self) -> int: ...
+
+    @property
+    def zero(self) -> int: ...
+
+
+class Statistics(Protocol):
+    """The part of a disk's statistics that attributes show."""
+
+    @property
+    def clusters_total(self) -> int: ...
+
+    @property
+    def mode(self) -> Mode: ...
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def backing(self) -> str: ...
+
+    @property
+    def backing_format(self) -> str: ...
+
+    @property
+    def backing_bytes_read(self) -> int: ...
+
+    @property
+    def last_error(self) -> str: ...
+
+
+class ServedDisk(Protocol):
+    """What a file needs of its disk; `disk.Disk` is one. Positions, lengths and sizes are in bytes.
+
+    Every method raises only `QedfsError`.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def cluster_size(self) -> int: ...
+
+    @property
+    def read_only(self) -> bool: ...
+
+    @property
+    def held(self) -> bool: ...
+
+    def read_nowait(self, pos: int, length: int) -> memoryview | None:
+        """Local data in one piece, or None. The view is valid only until the next call or await."""
+
+    async def read(self, pos: int, length: int) -> bytes | bytearray | memoryview:
+        """Clipped at the end of the disk."""
+
+    def write_nowait(self, pos: int, data: bytes) -> bool:
+        """Whether the write was done at once."""
+
+    async def write(self, pos: int, data: bytes) -> None:
+        """Grows the disk when it passes the end."""
+
+    async def flush(self) -> None:
+        """Everything acknowledged is durable when this returns."""
+
+    async def grow(self, size: int) -> None:
+        """UsageError unless `size` is a multiple of 512 and not below the present one."""
+
+    def prefetch(self, pos: int, length: int) -> None:
+        """Queues and returns."""
+
+    async def set_mode(self, mode: Mode) -> None: ...
+
+    async def counts(self) -> Counts: ...
+
+    def allocated_bytes_nowait(self) -> int: ...
+
+    async def density(self) -> list[float]: ...
+
+    def statistics(self) -> Statistics: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """One served image. Two leaves are the same only if they are the same object."""
+
+    name: str
+    """Of the file in the mount, such as `vm1.raw`."""
+    disk: ServedDisk
+    path: str
+    """Absolute, of the image file."""
+    mode: int
+    """Permission bits of the image file; set-user-id and the like are not shown."""
+    uid: int
+    gid: int
+    mtime_ns: int
+    stream: StreamOptions = field(default_factory=StreamOptions)
