@@ -8,6 +8,7 @@ import click
 
 from qedfs.config import parse_mount_options
 from qedfs.session.daemon import Ready, in_background
+from qedfs.session.places import real_mountpoint
 
 
 @click.command("mount", short_help="Present QED images as raw disks.")
@@ -39,7 +40,7 @@ def mount(
     parsed = parse_mount_options(options, sloppy=sloppy)
     # Absolute before anything else: the background process leaves the working directory.
     log_file = os.path.abspath(log_file) if log_file else None
-    absolute = tuple(map(os.path.abspath, sources)), os.path.abspath(mountpoint)
+    absolute = tuple(map(os.path.abspath, sources)), real_mountpoint(mountpoint)
 
     def serve(ready: Ready) -> int:
         # Imported in the process that needs it, after the fork.

@@ -7,11 +7,12 @@ import os
 import select
 
 import click
-import trio
 
 from qedfs.errors import MountError
-from qedfs.fuse.unmount import unmount as detach
-from qedfs.session.mountpoint import FILE_SYSTEM, file_system_of
+from qedfs.fuse.busy import find_holders
+from qedfs.fuse.mounts import find_mount
+from qedfs.fuse.unmount import unmount_sync
+from qedfs.session.places import FILE_SYSTEM, real_mountpoint
 
 
 @click.command("unmount", short_help="Flush and unmount; return when everything is closed.")
@@ -31,13 +32,15 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     Raises:
         MountError: it is no mount of ours, or is busy.
     """
-    mountpoint = os.path.abspath(mountpoint)
-    if file_system_of(mountpoint) != FILE_SYSTEM:
+    mountpoint = real_mountpoint(mountpoint)
+    mount = find_mount(mountpoint)
+    if mount is None or mount.fs_type != FILE_SYSTEM:
         raise MountError(mountpoint, "is not a qedfs mount")
     # Ordering: the server is found while it is certainly there; afterwards its pid may be another's.
     server = _open_server(mountpoint)
     try:
-        trio.run(lambda: detach(mountpoint, lazy=lazy))
+        if not unmount_sync(mountpoint, lazy=lazy):
+            raise MountError(mountpoint, f"is in use by {_holders(mountpoint)}")
         if server is not None and not lazy:
             ended = select.poll()
             ended.register(server, select.POLLIN)
@@ -45,6 +48,10 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     finally:
         if server is not None:
             os.close(server)
+
+
+def _holders(mountpoint: str) -> str:
+    return ", ".join(map(str, find_holders(mountpoint))) or "somebody whom only root can see (--lazy detaches it)"
 
 
 def _open_server(mountpoint: str) -> int | None:

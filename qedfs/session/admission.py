@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 import trio
 
 from qedfs.backing.base import Identity
-from qedfs.backing.locate import Policy, Reference, open_backing
+from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.location import masked
+from qedfs.backing.policy import Policy
 from qedfs.backing.resilient import Backing
 from qedfs.config import MountOptions
 from qedfs.disk.disk import Disk, open_disk
@@ -37,7 +39,7 @@ class Terms:
 
     def policy(self) -> Policy:
         return Policy(
-            mounter_uid=self.uid,
+            mounter=self.uid,
             allow_backing=self.options.allow_backing,
             forbidden_roots=(self.mountpoint,),
             connections=self.options.connections,
@@ -52,11 +54,12 @@ async def admitted(path: str, terms: Terms) -> AsyncIterator[Disk]:
         InvalidImage, Locked, BackingRefused, BackingChanged, NotAllowed: it cannot be served.
         LeafError: it cannot be read; at leaving: what was written since the last flush may not be durable.
     """
-    image = await _open(path, read_only=terms.options.read_only)
+    storage = await _open_storage(path, read_only=terms.options.read_only)
+    image = await _open_image(storage)
     backing: Backing | None = None
     try:
         if image.backing_name:
-            backing = _backing_of(image, terms)
+            backing = _backing_of(image, storage, terms)
             if not image.record.hold:
                 await _meet(image, backing, trust=terms.options.trust_backing)
     except BaseException:
@@ -69,16 +72,6 @@ async def admitted(path: str, terms: Terms) -> AsyncIterator[Disk]:
         yield disk
 
 
-async def _open(path: str, *, read_only: bool) -> Image:
-    storage = await _open_storage(path, read_only=read_only)
-    try:
-        return await open_image(storage)
-    except BaseException:
-        with trio.CancelScope(shield=True):
-            await storage.aclose()
-        raise
-
-
 async def _open_storage(path: str, *, read_only: bool) -> FileStorage:
     if not read_only:
         try:
@@ -88,12 +81,19 @@ async def _open_storage(path: str, *, read_only: bool) -> FileStorage:
     return await open_storage(path, writable=False)
 
 
-def _backing_of(image: Image, terms: Terms) -> Backing:
+async def _open_image(storage: FileStorage) -> Image:
+    try:
+        return await open_image(storage)
+    except BaseException:
+        await storage.aclose()
+        raise
+
+
+def _backing_of(image: Image, storage: FileStorage, terms: Terms) -> Backing:
     pin = image.record.pin_of(image.backing_name)
     stored = "raw" if image.header.backing_is_raw else pin.format if pin else None
-    reference = Reference(
-        name=image.backing_name, format=stored, location=FileLocation(image.name), owner=_owner(image)
-    )
+    # From the open file, not from its path: whose image is it that names the backing?
+    reference = Reference(image.backing_name, stored, image.name, os.fstat(storage.fd))
     policy = terms.policy()
     # What the user trusts is pinned anew; a held image is on its way from somewhere else and pins nothing.
     expected = None if pin is None or terms.options.trust_backing or image.record.hold else Identity(pin.size, pin.tag)

@@ -19,10 +19,10 @@ import trio
 
 from qedfs.config import MountOptions
 from qedfs.errors import MountError
-from qedfs.fuse.mount import serve
+from qedfs.fuse.serve import serve
 from qedfs.fuse.unmount import unmount
 from qedfs.session.admission import Terms
-from qedfs.session.mountpoint import check_mountpoint
+from qedfs.session.places import check_places
 from qedfs.session.roster import Roster
 from qedfs.session.watch import Folder, open_folder
 from qedfs.tree.tree import Tree
@@ -34,7 +34,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Mount:
-    """What to mount where. All paths are absolute."""
+    """What to mount where. All paths are absolute, that of the mountpoint is as of `real_mountpoint`."""
 
     sources: tuple[str, ...]
     mountpoint: str
@@ -92,17 +92,23 @@ class _Ending:
                 self.starting.cancel()
                 continue
             log.info("%s: %s, unmounting", self._mountpoint, name)
-            try:
-                await unmount(self._mountpoint, lazy=True)
-            except MountError as error:
-                log.info("%s", error)  # a second signal, or somebody was faster
+            await _unmount(self._mountpoint)
+
+
+async def _unmount(mountpoint: str) -> None:
+    """Unmount our own mount; if it is busy, serve on out of sight until the last close."""
+    try:
+        if not await unmount(mountpoint):
+            log.info("%s: in use, served until the last close", mountpoint)
+            await unmount(mountpoint, lazy=True)
+    except MountError as error:
+        log.info("%s", error)  # a second signal, or somebody was faster
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """What a mount begins with: `mountpoint` is its real path, `images` are to be served at any rate."""
+    """What a mount begins with: `images` are to be served at any rate, of `folders` what can be."""
 
-    mountpoint: str
     images: list[str]
     folders: list[Folder]
 
@@ -110,23 +116,21 @@ class _Opened:
 @contextlib.contextmanager
 def _opened(mount: Mount) -> Iterator[_Opened]:
     """Judge the mountpoint, then open the directories: after mounting, their paths could lead elsewhere."""
-    check_mountpoint(mount.mountpoint, mount.sources)
-    real = os.path.realpath(mount.mountpoint)
+    check_places(mount.mountpoint, mount.sources)
     with contextlib.ExitStack() as stack:
-        images: list[str] = []
-        folders: list[Folder] = []
+        opened = _Opened([], [])
         for path in mount.sources:
             if os.path.isdir(path):
-                folders.append(stack.enter_context(open_folder(path, real)))
+                opened.folders.append(stack.enter_context(open_folder(path, mount.mountpoint)))
             else:
-                images.append(path)
-        yield _Opened(real, images, folders)
+                opened.images.append(path)
+        yield opened
 
 
 async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending) -> int:
     with _opened(mount) as opened:
         async with trio.open_nursery() as leaves:
-            roster = Roster(Terms(mount.options, opened.mountpoint, os.getuid()), leaves)
+            roster = Roster(Terms(mount.options, mount.mountpoint, os.getuid()), leaves)
             try:
                 with ending.starting:
                     await _admit_all(opened, roster)
@@ -154,7 +158,7 @@ async def _admit_all(opened: _Opened, roster: Roster) -> None:
 async def _serve_until_unmounted(
     tree: Tree, mount: Mount, watching: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    await serve(tree, mount.mountpoint, mount.options, task_status=task_status)
+    await serve(tree, mount.mountpoint, mount.options, fsname=" ".join(mount.sources), task_status=task_status)
     watching.cancel()
 
 
@@ -164,4 +168,4 @@ async def _tell(ready: Callable[[], None], mountpoint: str) -> None:
     except OSError:
         # Whoever asked for the mount has gone and was never told that it is there: leave nothing behind.
         log.warning("%s: nobody waits for it any more, unmounting", mountpoint)
-        await unmount(mountpoint, lazy=True)
+        await _unmount(mountpoint)

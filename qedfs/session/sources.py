@@ -16,7 +16,7 @@ from typing import NamedTuple
 from qedfs.backing.location import FileLocation, parse_location
 from qedfs.errors import QedfsError
 from qedfs.image import header as headers
-from qedfs.session.mountpoint import is_below
+from qedfs.session.places import is_below
 
 SUFFIX = ".qed"
 
@@ -79,7 +79,7 @@ def choose(entries: Iterable[Entry], served: Collection[FileId], refused: Collec
         if head.id in used:
             continue
         below = head.backing
-        while below in images and below not in backings and below is not None:
+        while below in images and below not in backings and below != head.id:
             backings.add(below)
             below = images[below].backing
     leaves = [i for i in images.values() if i.id in served or not (i.id in backings or i.id in over_a_leaf)]
