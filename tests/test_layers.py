@@ -40,8 +40,11 @@ SANS_IO = (
     *("qedfs.image.allocator", "qedfs.image.survey", "qedfs.disk.plan", "qedfs.disk.readahead"),
 )
 IO = frozenset({"trio", "os", "psutil", "socket", "subprocess", "threading", "asyncio"})
-# Of `os`, the two conversions between a path and its bytes touch nothing.
-PURE = frozenset({"os.fsdecode", "os.fsencode"})
+# Of `os`, what touches no file: conversions, arithmetic on paths, types, who we are.
+PURE = frozenset(
+    f"os.{name}"
+    for name in "fsdecode fsencode fspath getuid path path.basename path.dirname path.isabs path.join path.normpath stat_result".split()
+)
 
 MOST_LINES = 500
 
@@ -81,9 +84,9 @@ def imports(tree: ast.Module, module: str, is_package: bool) -> set[str]:
 
 
 def attributes_of(name: str, tree: ast.Module) -> set[str]:
-    """What is used as `name.attribute`."""
-    attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-    return {ast.unparse(node) for node in attributes if isinstance(node.value, ast.Name) and node.value.id == name}
+    """What is used as `name.attribute` or `name.attribute.attribute`."""
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {attribute for attribute in attributes if attribute.startswith(f"{name}.")}
 
 
 def imported(module: str) -> set[str]:
