@@ -42,8 +42,8 @@ class PageCache:
     """The least recently used pages of a chain's tables go when there are more than `budget` bytes of them."""
 
     def __init__(self, budget: int = PAGES_BUDGET) -> None:
+        self.bytes = 0
         self._budget = budget
-        self._bytes = 0
         self._pages: OrderedDict[tuple[object, int], Page] = OrderedDict()
         self._loading: dict[tuple[object, int], trio.Event] = {}
 
@@ -68,9 +68,9 @@ class PageCache:
         finally:
             del self._loading[key]
             done.set()
-        self._bytes += page.entries.nbytes
-        while self._bytes > self._budget and len(self._pages) > 1:
-            self._bytes -= self._pages.popitem(last=False)[1].entries.nbytes
+        self.bytes += page.entries.nbytes
+        while self.bytes > self._budget and len(self._pages) > 1:
+            self.bytes -= self._pages.popitem(last=False)[1].entries.nbytes
         return page
 
 
