@@ -62,14 +62,15 @@ async def admitted(path: str, terms: Terms) -> AsyncIterator[Disk]:
             backing = _backing_of(image, storage, terms)
             if not image.record.hold:
                 await _meet(image, backing, trust=terms.options.trust_backing)
-    except BaseException:
+        async with open_disk(image, backing, terms.options.disk) as disk:
+            yield disk
+    finally:
         with trio.CancelScope(shield=True):
-            await image.aclose()
-            if backing:
-                await backing.aclose()
-        raise
-    async with open_disk(image, backing, terms.options.disk) as disk:
-        yield disk
+            try:
+                await image.aclose()
+            finally:
+                if backing:
+                    await backing.aclose()
 
 
 async def _open_storage(path: str, *, read_only: bool) -> FileStorage:
