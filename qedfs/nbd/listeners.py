@@ -42,9 +42,12 @@ async def open_tcp_listeners(host: str, port: int) -> list[trio.SocketListener]:
     Raises:
         UsageError: the name is unknown or the port cannot be used.
     """
+    if not 0 <= port <= 65535:
+        # The resolver would take it modulo 65536.
+        raise UsageError(f"{host}:{port}", "cannot listen there: a port is at most 65535")
     try:
         return list(await trio.open_tcp_listeners(port, host=host, backlog=_BACKLOG))
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(f"{host}:{port}", f"cannot listen there: {why}") from error
 
