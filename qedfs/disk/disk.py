@@ -345,18 +345,12 @@ class Disk:
 
     async def density(self, parts: int = 256) -> list[float]:
         """Return for each of `parts` equal parts of the disk how many percent of it are local."""
-        local = [0] * parts
-        async for run in self._image.runs(0, self.size):
-            if run.state is State.BACKING:
-                continue
-            pos, end = run.pos, run.pos + run.length
-            while pos < end:
-                part = pos * parts // self.size
-                stop = min(end, -(-(part + 1) * self.size // parts))
-                local[part] += stop - pos
-                pos = stop
-        bounds = [-(-part * self.size // parts) for part in range(parts + 1)]
-        return [100.0 * n / (b - a) if b > a else 100.0 for n, a, b in zip(local, bounds, bounds[1:], strict=True)]
+        bounds = [part * self.size // parts for part in range(parts + 1)]
+        below = await self._image.local_below(bounds)
+        return [
+            100.0 * (below[i + 1] - below[i]) / (bounds[i + 1] - bounds[i]) if bounds[i + 1] > bounds[i] else 100.0
+            for i in range(parts)
+        ]
 
     def _note(self, error: QedfsError) -> None:
         if self._error is None or str(error) != str(self._error):

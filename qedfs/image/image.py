@@ -26,7 +26,19 @@ from qedfs.image.header import Feature, Header
 from qedfs.image.record import Damage, Record
 from qedfs.image.storage import Storage
 from qedfs.image.survey import Survey
-from qedfs.image.tables import UNALLOCATED, ZERO, Counts, Run, State, all_valid, as_array, as_entries, count, run_length
+from qedfs.image.tables import (
+    UNALLOCATED,
+    ZERO,
+    Counts,
+    Run,
+    State,
+    all_valid,
+    as_array,
+    as_entries,
+    count,
+    local_below,
+    run_length,
+)
 
 CACHE_BYTES = 64 << 20
 """Of L2 tables kept in memory; with the default geometry that covers half a terabyte of disk."""
@@ -151,6 +163,19 @@ class Image:
             run = await self.run(pos, end - pos)
             yield run
             pos += run.length
+
+    async def local_below(self, bounds: list[int]) -> list[int]:
+        """Return for each of `bounds` (positions on the disk) how many bytes before it need no backing.
+
+        Raises `CorruptEntry` and `LeafError` when a table cannot be had.
+        """
+        wanted = np.array(bounds, dtype=np.int64)
+        total = np.zeros_like(wanted)
+        for index in np.flatnonzero(as_array(self._l1)).tolist() + [t.index for t in self.tables if not t.named]:
+            table = await self._load(index)
+            if table is not None:
+                total += local_below(table.entries, wanted - index * self.geometry.span, self.geometry.cluster_size)
+        return [int(n) for n in total]
 
     # -- allocating and linking ----------------------------------------------------------------------------------------
 

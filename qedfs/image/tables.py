@@ -84,6 +84,15 @@ def count(entries: memoryview) -> Counts:
     return Counts(nonzero - zero, zero)
 
 
+def local_below(entries: memoryview, bounds: npt.NDArray[np.int64], cluster_size: int) -> npt.NDArray[np.int64]:
+    """Return for each of `bounds`, bytes from the start of what the table covers, how many bytes before it are local."""
+    local = np.flatnonzero(as_array(entries))
+    clusters, inside = np.divmod(np.clip(bounds, 0, len(entries) * cluster_size), cluster_size)
+    before = np.searchsorted(local, clusters)
+    partly = np.searchsorted(local, clusters, side="right") > before
+    return np.asarray(before * cluster_size + partly * inside, dtype=np.int64)
+
+
 def run_length(entries: memoryview, index: int, end: int, cluster_size: int) -> int:
     """Return how many entries from `index`, before `end`, are one run: equal in state, data neighbours in the file."""
     first = entries[index]
