@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Sequence
 from typing import Protocol
 
 import trio
@@ -53,7 +54,7 @@ class Export(Protocol):
     async def read_into(self, pos: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `pos`; the range lies within the size."""
 
-    async def extents(self, pos: int, length: int) -> list[tuple[int, bool]]:
+    async def extents(self, pos: int, length: int) -> Sequence[tuple[int, bool]]:
         """Return lengths that add up to `length`, each with whether these bytes read as zeros for certain."""
 
 

@@ -1,0 +1,115 @@
+"""What the images of a mount are doing: read from their extended attributes, shown as text or JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qedfs.errors import UsageError
+from qedfs.report.mounted import read_attribute, read_attributes
+from qedfs.report.sizes import size_text
+
+_NUMBERS = {
+    *("virtual_size", "cluster_size", "clusters_total", "clusters_data", "clusters_zero", "clusters_backing"),
+    *("allocated_bytes", "stream_rate", "stream_floor", "rate", "backing_bytes_read"),
+}
+_NOT_STATUS = {"density", "stream_step"}
+"""Readable attributes that say nothing about how things are going."""
+
+
+@dataclass(frozen=True)
+class ServedImage:
+    """One image of a mount. `attributes` are those of the interface, by name."""
+
+    path: str
+    attributes: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the attributes as numbers, where they are, and text."""
+        values: dict[str, Any] = {"path": self.path}
+        for name, value in self.attributes.items():
+            if name in _NUMBERS and value.isdecimal():
+                values[name] = int(value)
+            elif name == "progress":
+                values[name] = float(value)
+            elif name not in _NOT_STATUS:
+                values[name] = value
+        return values
+
+
+@dataclass(frozen=True)
+class RefusedImage:
+    """An image that a mount leaves out, and why."""
+
+    path: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "state": "refused", "last_error": self.reason}
+
+
+Status = ServedImage | RefusedImage
+
+
+def read_status(path: str) -> list[Status]:
+    """Return the status of one mounted disk, or of all images of the mount whose root is `path`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if not os.path.isdir(path):
+        return [ServedImage(path, read_attributes(path))]
+    text = read_attribute(path, "status")
+    try:
+        report = json.loads(text)
+        names = [str(leaf["name"]) for leaf in report["leaves"]]
+        refused = [RefusedImage(str(entry["path"]), str(entry["reason"])) for entry in report["refused"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(path, "the mount's status cannot be understood (another version of qedfs?)") from error
+    served: list[Status] = []
+    for name in names:
+        file = os.path.join(path, name)
+        try:
+            served.append(ServedImage(file, read_attributes(file)))
+        except UsageError:
+            if os.path.lexists(file):
+                raise
+            # It was removed since the list was made.
+    return [*served, *refused]
+
+
+def status_text(images: Iterable[Status]) -> str:
+    """Return a table with a line for each image, its newest error below it."""
+    rows = [("IMAGE", "MODE", "STATE", "PROGRESS", "LOCAL", "SIZE", "BACKING")]
+    errors: dict[int, str] = {}
+    for image in images:
+        if isinstance(image, RefusedImage):
+            rows.append((image.path, "-", "refused", "-", "-", "-", "-"))
+            errors[len(rows) - 1] = image.reason
+            continue
+        values = image.attributes
+        local = values.get("allocated_bytes", "")
+        rows.append(
+            (
+                image.path,
+                values.get("mode", "-"),
+                values.get("state", "-"),
+                f"{values['progress']} %" if "progress" in values else "-",
+                size_text(int(local)) if local.isdecimal() else "-",
+                size_text(int(values.get("virtual_size", 0))),
+                values.get("backing") or "-",
+            )
+        )
+        if values.get("last_error"):
+            errors[len(rows) - 1] = values["last_error"]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*cells, row[-1]]))
+        if number in errors:
+            lines.append(f"    {errors[number]}")
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""Leaves that are not mounted: made on a backing, moved to another one, looked at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from qedfs.backing.base import Source
+from qedfs.backing.locate import Reference, open_backing
+from qedfs.backing.location import masked
+from qedfs.backing.policy import Policy
+from qedfs.errors import BackingUnavailable, UsageError
+from qedfs.image.create import create_leaf
+from qedfs.image.geometry import SECTOR, Geometry
+from qedfs.image.header import Header
+from qedfs.image.image import Image, open_image
+from qedfs.image.rebase import rebase_image
+from qedfs.image.record import Pin, Record, hash_name, short_tag
+from qedfs.image.storage import open_storage
+
+PATIENCE = 4.0
+"""Seconds for a backing to answer; a person waits for it."""
+
+
+@dataclass(frozen=True)
+class NewLeaf:
+    """What a new leaf shall be. `size` is in bytes, None for that of the backing; `mode` is empty for the default."""
+
+    path: str
+    size: int | None
+    backing: str | None
+    format: str | None
+    geometry: Geometry
+    mode: str
+    hold: bool
+    overwrite: bool
+
+
+async def create(leaf: NewLeaf) -> Header:
+    """Make the leaf, with the identity of its backing recorded, and return its header.
+
+    The backing is open, and locked if it is a file, until the leaf is there: it cannot be the file that is overwritten.
+
+    Raises:
+        UsageError: neither a size nor a backing was given.
+        BackingError: the backing cannot be opened, or does not answer.
+        InvalidImage, ReadOnly, Locked, LeafError, LeafFull: the leaf cannot be made (`create_leaf`).
+    """
+    record = Record(leaf.mode, leaf.hold)
+    if leaf.backing is None:
+        if leaf.size is None:
+            raise UsageError(leaf.path, "needs a size (-s) or a backing (-b)")
+        return await create_leaf(
+            leaf.path,
+            size=_whole_sectors(leaf.size),
+            geometry=leaf.geometry,
+            backing=None,
+            record=record,
+            overwrite=leaf.overwrite,
+        )
+    async with _opened(leaf.backing, leaf.format, leaf.path) as source:
+        return await create_leaf(
+            leaf.path,
+            size=_whole_sectors(source.size if leaf.size is None else leaf.size),
+            geometry=leaf.geometry,
+            backing=(leaf.backing, source.format == "raw"),
+            # While it is held the backing may still change: releasing the hold pins it.
+            record=record if leaf.hold else record.pinned(_pin(leaf.backing, source)),
+            overwrite=leaf.overwrite,
+        )
+
+
+async def rebase(path: str, backing: str, format: str | None, *, force: bool) -> bool:
+    """Let the leaf at `path` name `backing`, or none if that is empty; return whether its identity could be recorded.
+
+    With `force` a backing of another size, or one that does not answer (its format must be told then), is taken too.
+
+    Raises:
+        UsageError: the leaf still needs its backing, or `force` would be needed.
+        BackingError: the backing cannot be opened, or does not answer.
+        InvalidImage, ReadOnly, Locked, LeafError, LeafFull: the leaf cannot be changed.
+    """
+    if not backing:
+        return await rebase_image(await open_storage(path, writable=True), backing=None, pin=None, force=force)
+    try:
+        async with _opened(backing, format, path) as source:
+            if not force:
+                await _refuse_other_size(path, source)
+            named, pin = (backing, source.format == "raw"), _pin(backing, source)
+            return await rebase_image(await open_storage(path, writable=True), backing=named, pin=pin, force=force)
+    except BackingUnavailable:
+        if not force or format is None:
+            raise
+    named = (backing, format == "raw")
+    return await rebase_image(await open_storage(path, writable=True), backing=named, pin=None, force=force)
+
+
+@asynccontextmanager
+async def looked_at(path: str) -> AsyncIterator[Image]:
+    """Have the image at `path` open for a look, without locks: somebody may be using it.
+
+    On the disk a leaf in use is a valid image, if one of a moment ago.
+
+    Raises:
+        InvalidImage: it is no QED image, or cannot be opened.
+        LeafError: it cannot be read.
+    """
+    storage = await open_storage(path, writable=False, lock=False)
+    try:
+        yield await open_image(storage)
+    finally:
+        with trio.CancelScope(shield=True):
+            await storage.aclose()
+
+
+@asynccontextmanager
+async def _opened(name: str, format: str | None, leaf: str) -> AsyncIterator[Source]:
+    reference = Reference(name, format, leaf)
+    with trio.move_on_after(PATIENCE) as patience:
+        source = await open_backing(reference, Policy(mounter=os.getuid()))
+    if patience.cancelled_caught:
+        raise BackingUnavailable(masked(name), f"does not answer within {PATIENCE:.0f} s")
+    try:
+        yield source
+    finally:
+        with trio.CancelScope(shield=True):
+            await source.aclose()
+
+
+async def _refuse_other_size(path: str, source: Source) -> None:
+    async with looked_at(path) as image:
+        pin = image.record.pin_of(image.backing_name)
+    if pin is not None and pin.size != source.identity.size:
+        raise UsageError(
+            source.name,
+            f"has {source.identity.size} bytes, the backing it would replace {pin.size}; a rebase is for the same content "
+            "(--force takes it)",
+        )
+
+
+def _pin(name: str, source: Source) -> Pin:
+    return Pin(hash_name(name), source.format, source.identity.size, short_tag(source.identity.tag))
+
+
+def _whole_sectors(size: int) -> int:
+    return -(-size // SECTOR) * SECTOR
