@@ -2,8 +2,8 @@
 
 Rules it lives by:
 
-- A failure that may pass never reaches the caller: the request is tried again, on the same source while that still
-  answers others, else on a new one from the opener. The caller ends the waiting by cancelling.
+- A failure that may pass never reaches the caller: the request is tried again, on the same source once more and as long
+  as that answers others, else on a new one from the opener. The caller ends the waiting by cancelling.
 - One connection attempt at a time, whoever asked first makes it; if that caller leaves, the next one takes over. Pauses
   between attempts grow and are shared, so that a hundred waiting reads are not a hundred knocks on the door.
 - A source that owes an answer for `stall` seconds and gives none at all is taken for dead, even if every caller so far
@@ -172,19 +172,23 @@ class Backing:
         await self._drop()
 
     async def _retried(self, request: Callable[[Source], Awaitable[T]]) -> T:
-        failures = 0
+        asked: Source | None = None
+        failures = successes = 0
         while True:
             source = await self._connected()
-            successes = self._successes
+            if source is not asked:
+                asked, failures, successes = source, 0, self._successes
             try:
                 answer = await self._attempt(lambda: request(source))  # noqa: B023 (awaited here)
             except BackingUnavailable as error:
                 if source is not self._source:
                     continue  # replaced meanwhile: its successor is asked at once
                 failures += 1
-                if self._successes != successes:
-                    # It still answers others, so it is this request that fails: do not take the source from them.
-                    self._note(error, BackingState.HEALTHY)
+                answers_others = self._successes != successes
+                if answers_others or (failures == 1 and not self._is_silent()):
+                    # Perhaps only this request fails (a bad sector): the source is not taken from the others for that.
+                    successes = self._successes
+                    self._note(error, BackingState.UNAVAILABLE)
                     await self._pause(self._pause_after(failures))
                 else:
                     self._failed(error)
@@ -211,7 +215,7 @@ class Backing:
             if self._refused is not None:
                 raise type(self._refused)(*self._refused.args) from self._refused
             if self._source is not None:
-                if self._owing_since is None or trio.current_time() < self._owing_since + self._stall:
+                if not self._is_silent():
                     return self._source
                 self._failed(self._silent())
                 await self._drop()
@@ -300,6 +304,9 @@ class Backing:
     def _note(self, error: QedfsError, state: BackingState) -> None:
         self._last_error, self._last_error_time = str(error), time.time()
         self._state = state
+
+    def _is_silent(self) -> bool:
+        return self._owing_since is not None and trio.current_time() >= self._owing_since + self._stall
 
     def _silent(self) -> BackingUnavailable:
         return BackingUnavailable(self.name, f"no answer for {self._stall:g} seconds")
