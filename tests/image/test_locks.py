@@ -48,17 +48,30 @@ def locked(path: Path, lock: Lock) -> Iterator[None]:
 def open_in_qemu(image: Path, *options: str) -> Iterator[None]:
     """Have `qemu-nbd` hold the image open until the end of the block."""
     socket = image.with_suffix(".socket")
-    program = ["qemu-nbd", "-t", "-k", str(socket), "-f", image.suffix[1:], *options, str(image)]
+    ready = image.with_suffix(".pid")  # written last; the socket is there before the image is open
+    ready.unlink(missing_ok=True)
+    program = [
+        "qemu-nbd",
+        "-t",
+        "-k",
+        str(socket),
+        "--pid-file",
+        str(ready),
+        "-f",
+        image.suffix[1:],
+        *options,
+        str(image),
+    ]
     with subprocess.Popen(program) as server:
         try:
             until = time.monotonic() + 20
-            while not socket.exists():
+            while not ready.exists():
                 assert server.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.01)
             yield
         finally:
-            server.kill()  # qemu-nbd loses a SIGTERM that comes just after its socket appears
+            server.kill()
 
 
 def qemu_io(image: Path, command: str, *options: str) -> bool:
