@@ -173,12 +173,20 @@ def _file_key(status: os.stat_result) -> object:
 
 def _refuse_own_kind(path: str, status: os.stat_result) -> None:
     """Refuse a file on a qedfs mount: its own backing could be ours, and then each would wait for the other."""
-    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-        for line in mounts:
-            before, _, after = line.partition(" - ")
-            if before.split()[2] == device and after.split()[0] == "fuse.qedfs":
-                raise NotAllowed(path, "lies on a qedfs mount; name the image under it instead")
+        if status.st_dev in qedfs_devices(mounts):
+            raise NotAllowed(path, "lies on a qedfs mount; name the image under it instead")
+
+
+def qedfs_devices(mounts: Iterable[str]) -> set[int]:
+    """Return the device numbers of the qedfs mounts among the lines of a `mountinfo` (proc(5))."""
+    devices = set()
+    for line in mounts:
+        mount, _, file_system = line.partition(" - ")
+        if file_system.split(" ")[0] == "fuse.qedfs":
+            major, minor = mount.split(" ")[2].split(":")
+            devices.add(os.makedev(int(major), int(minor)))
+    return devices
 
 
 async def _close(source: Source) -> None:

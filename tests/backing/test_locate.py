@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.backing import locate
 from qedfs.backing.base import Source
-from qedfs.backing.locate import MAX_DEPTH, Reference, open_backing
+from qedfs.backing.locate import MAX_DEPTH, Reference, open_backing, qedfs_devices
 from qedfs.backing.policy import Policy
 from qedfs.errors import BackingRefused, BackingUnavailable, NotAllowed
 from tests.backing.samples import KIB, MIB, Serve, content_by_qemu, make_qed, random_bytes, run
@@ -225,6 +226,21 @@ async def test_a_backing_under_the_mountpoint_is_refused(tmp_path: Path, leaf: P
         with pytest.raises(NotAllowed, match="lies under the mountpoint"):
             await open_backing_of(leaf, name, policy)
     await (await open_backing_of(leaf, "base.raw", policy)).aclose()
+
+
+def test_the_mounts_of_qedfs_are_known_by_their_device() -> None:
+    mounts = [
+        "36 25 0:31 / /mnt/with\\040blank rw,nosuid shared:1 master:2 - fuse.qedfs /images rw,user_id=0\n",
+        "37 25 0:32 / /mnt/fuse.qedfs rw - fuse.sshfs host: rw\n",
+        "38 25 254:1 / / rw - ext4 /dev/vda1 rw\n",
+    ]
+    assert qedfs_devices(mounts) == {os.makedev(0, 31)}
+
+
+async def test_a_file_on_a_qedfs_mount_is_refused(leaf: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locate, "qedfs_devices", lambda mounts: {base.stat().st_dev})
+    with pytest.raises(NotAllowed, match="lies on a qedfs mount; name the image under it instead"):
+        await open_backing_of(leaf, base)
 
 
 async def test_every_image_of_a_chain_decides_with_its_own_rights(tmp_path: Path, leaf: Path, base: Path) -> None:
