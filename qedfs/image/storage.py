@@ -26,9 +26,10 @@ T = TypeVar("T")
 
 THREADS = 16
 """Calls under way at once per file; more only queue in the device."""
-SLOW_WRITE = 0.002
+SLOW_WRITE = 0.02
 """Seconds. A write that the page cache does not take within this time is waiting for the disk (throttled writeback, a
-journal commit), and the event loop with it: one such wait is the price of finding out."""
+journal commit), and the event loop with it: one such wait is the price of finding out. On a busy machine a few time slices
+may pass during any write, which says nothing about the disk."""
 SLOW_PAUSE = 0.5
 """Seconds for which writes go to threads after a slow one."""
 
