@@ -78,6 +78,10 @@ def all_valid(entries: memoryview, geometry: Geometry, room: int, usable: int) -
 
 def count(entries: memoryview) -> Counts:
     """Count the data and the zero entries."""
+    if len(entries) <= _SCALAR:
+        values = entries.tolist()
+        zero = values.count(ZERO)
+        return Counts(len(values) - values.count(UNALLOCATED) - zero, zero)
     array = as_array(entries)
     nonzero = int(np.count_nonzero(array))
     zero = int(np.count_nonzero(array == ZERO))
