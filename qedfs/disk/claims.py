@@ -44,17 +44,17 @@ class Claims:
             self._release(first, end)
 
     @contextmanager
-    def hold_nowait(self, first: int, end: int) -> Iterator[None]:
-        """Hold the claim of `[first, end)`, which `unclaimed` has just found free."""
-        assert not self._overlaps(first, end)
-        self._held.add((first, end))
+    def hold_unclaimed(self, first: int, end: int) -> Iterator[list[tuple[int, int]]]:
+        """Hold the claims of all parts of `[first, end)` that nobody holds, and yield these parts, ascending."""
+        parts = self._unclaimed(first, end)
+        self._held.update(parts)
         try:
-            yield
+            yield parts
         finally:
-            self._release(first, end)
+            for part in parts:
+                self._release(*part)
 
-    def unclaimed(self, first: int, end: int) -> list[tuple[int, int]]:
-        """Return the parts of `[first, end)` that nobody holds, ascending."""
+    def _unclaimed(self, first: int, end: int) -> list[tuple[int, int]]:
         parts: list[tuple[int, int]] = []
         for held_first, held_end in sorted(r for r in self._held if r[0] < end and first < r[1]):
             if first < held_first:

@@ -26,7 +26,6 @@ class Copies:
         self._claims = claims
         self._cluster_size = image.geometry.cluster_size
         self._resting_until = -float("inf")
-        self._large: set[int] = set()
         self.full = False
         """The last copy failed for want of room."""
         self.error: QedfsError | None = None
@@ -41,16 +40,16 @@ class Copies:
         """Put into the leaf what is still missing of a fetch that has ended well. Raises nothing that is expected."""
         try:
             end = self._still_inside(fetch)
-            for first, stop in self._claims.unclaimed(fetch.first, end):
-                with self._claims.hold_nowait(first, stop):
+            with self._claims.hold_unclaimed(fetch.first, end) as parts:
+                for first, stop in parts:
                     await self._copy_claimed(fetch, first, stop)
         except QedfsError as error:
             self._rest(error)
 
     async def link_promised(self, first: int, end: int) -> None:
         """Let what is missing of `[first, end)`, which the backing promises to read as zeros, be zero clusters."""
-        for start, stop in self._claims.unclaimed(first, end):
-            with self._claims.hold_nowait(start, stop):
+        with self._claims.hold_unclaimed(first, end) as parts:
+            for start, stop in parts:
                 async with self._image.pinned(start, stop):
                     for run_first, run_end in self._missing(start, stop):
                         self._image.link_zero(run_first, run_end - run_first)
@@ -60,18 +59,13 @@ class Copies:
 
         Does nothing when somebody has the claim or another call is at it. Raises nothing that is expected.
         """
-        if cluster in self._large or not self._claims.unclaimed(cluster, cluster + 1):
-            return
-        self._large.add(cluster)
         try:
-            with self._claims.hold_nowait(cluster, cluster + 1):
-                run = await self._image.run(cluster * self._cluster_size, 1)
-                if run.state is State.BACKING:
+            # Whoever copies it already holds its claim too.
+            with self._claims.hold_unclaimed(cluster, cluster + 1) as parts:
+                if parts and (await self._image.run(cluster * self._cluster_size, 1)).state is State.BACKING:
                     await self._copy_large_claimed(cluster, backing)
         except QedfsError as error:
             self._rest(error)
-        finally:
-            self._large.remove(cluster)
 
     def _still_inside(self, fetch: Fetch) -> int:
         # The bytes past the end of a smaller disk are zeros and not the backing's.
