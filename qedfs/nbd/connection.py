@@ -205,12 +205,8 @@ class Connection:
         self._driven = True
         try:
             while not request.done and self._failure is None:
-                in_time = await self._readable()
-                heard = self._heard
+                await self._readable()
                 self._receive(request)
-                # Looked at the socket once more before judging: it may be that we did not listen, not that it was silent.
-                if not in_time and self._heard == heard and self._failure is None:
-                    raise NbdDisconnected(SERVER, f"was silent for {SILENCE:.0f} seconds")
         except NbdError as failure:
             self.close(failure)
         finally:
@@ -218,14 +214,19 @@ class Connection:
             if self._parked:
                 self._wake(next(iter(self._parked)))
 
-    async def _readable(self) -> bool:
-        """Wait until there is something to receive; False if the silence has lasted too long."""
+    async def _readable(self) -> None:
+        """Wait until there is something to receive, or raise if the silence has lasted too long.
+
+        The deadline may have passed before: then nobody listened. Trio looks at sockets before it looks at deadlines, so
+        what has arrived meanwhile is still found.
+        """
         with trio.CancelScope(deadline=self._heard + SILENCE) as patience:
             try:
                 await trio.lowlevel.wait_readable(self._socket)
             except trio.ClosedResourceError:
                 pass
-        return not patience.cancelled_caught
+        if patience.cancelled_caught:
+            raise NbdDisconnected(SERVER, f"was silent for {SILENCE:.0f} seconds")
 
     def _receive(self, mine: Request) -> None:
         """Take what has arrived, until it is all or `mine` is complete."""
