@@ -28,23 +28,30 @@ def part(number: int) -> bytes:
 
 
 def base_files() -> dict[str, bytes]:
-    """Return the data files of the base image: 36 MiB."""
+    """Return the data files of the base image: 40 MiB."""
     files = {f"/base/part-{number}": part(number) for number in range(PARTS)}
     files["/base/overwritten"] = seeded("overwritten", 2 << 20)
+    files["/base/scattered"] = seeded("scattered", 4 << 20)
     files["/base/removed"] = seeded("removed", 2 << 20)
     return files
 
 
 def sums_after(base: dict[str, str], token: str) -> dict[str, str]:
     """Return the sums of all files on the disk after a run with `token`, given those of the base image."""
+    part_6 = part(6)
     overwritten = bytearray(seeded("overwritten", 2 << 20))
-    overwritten[501_000:1_201_000] = part(6)[11_000:711_000]
+    overwritten[501_000:1_201_000] = part_6[11_000:711_000]
+    scattered = bytearray(seeded("scattered", 4 << 20))
+    for page in range(16):
+        target = (page * 61 + 7) * 4096
+        scattered[target : target + 4096] = part_6[page * 4096 : (page + 1) * 4096]
     written = {
         "/guest/token": f"{token}\n".encode(),
         "/guest/base.sums": sum_lines({f"/base/part-{n}": sha256(part(n)) for n in range(PARTS_READ)}),
         "/guest/lines": "".join(f"{token} {n}\n" for n in range(1, 100_001)).encode(),
         "/guest/piece": part(5)[7_000:3_007_000],
         "/base/overwritten": bytes(overwritten),
+        "/base/scattered": bytes(scattered),
     }
     sums = {path: sha256(content) for path, content in written.items()}
     after = base | sums | {"/guest/SHA256SUMS": sha256(sum_lines(sums))}
