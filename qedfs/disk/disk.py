@@ -163,11 +163,9 @@ class Disk:
         first, end = run.pos >> self._shift, (run.pos + run.length + self.cluster_size - 1) >> self._shift
         fetches = self._fetches.join(first, end, self.size, copy=True)
         self._widen(first, end)
-        if len(fetches) == 1:
-            start = run.pos - (fetches[0].first << self._shift)
-            return (await self._fetches.wait(fetches[0]))[start : start + run.length]
-        pieces = [self._inside(fetch, await self._fetches.wait(fetch), run) for fetch in fetches]
-        return b"".join(pieces)
+        buffers = await self._fetches.wait(fetches)
+        pieces = [self._inside(fetch, data, run) for fetch, data in zip(fetches, buffers, strict=True)]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _inside(self, fetch: Fetch, data: memoryview, run: Run) -> memoryview:
         base = fetch.first << self._shift
@@ -320,8 +318,8 @@ class Disk:
             if self.cluster_size > MAX_FETCH:
                 await self._copies.copy_large(missing.pos >> self._shift, self._backing)
                 continue
-            for fetch in self._fetches.join(*self._clusters_of(missing), self.size, copy=True, wanted=True):
-                await self._fetches.wait(fetch)
+            fetches = self._fetches.join(*self._clusters_of(missing), self.size, copy=True, wanted=True)
+            await self._fetches.wait(fetches)
 
     def _clusters_of(self, run: Run) -> tuple[int, int]:
         return run.pos >> self._shift, (run.pos + run.length + self.cluster_size - 1) >> self._shift

@@ -129,25 +129,32 @@ class Fetches:
         self.join(first, end, size, copy=True, wanted=True)
         return True
 
-    async def wait(self, fetch: Fetch) -> memoryview:
-        """Return the bytes of `fetch` when they have come.
+    async def wait(self, fetches: list[Fetch]) -> list[memoryview]:
+        """Return the bytes of `fetches`, which `join` has just returned, when they have come.
 
         Raises:
             BackingRefused, CorruptEntry: the backing failed for good.
             BackingUnavailable: the disk is being closed.
         """
-        if not fetch.done.is_set():
+        # All are waited for from now on: whoever leaves the second while this caller waits for the first is not its last.
+        for fetch in fetches:
             fetch.waiters += 1
-            try:
-                await fetch.done.wait()
-            finally:
-                fetch.waiters -= 1
-                if not fetch.waiters and not fetch.wanted and not fetch.done.is_set():
-                    self._forget(fetch)
-                    fetch.scope.cancel()
-        if fetch.error is not None:
-            raise type(fetch.error)(fetch.error.what, fetch.error.why) from fetch.error
-        return memoryview(fetch.buffer)
+        try:
+            for fetch in fetches:
+                if not fetch.done.is_set():
+                    await fetch.done.wait()
+                if fetch.error is not None:
+                    raise type(fetch.error)(fetch.error.what, fetch.error.why) from fetch.error
+        finally:
+            for fetch in fetches:
+                self._leave(fetch)
+        return [memoryview(fetch.buffer) for fetch in fetches]
+
+    def _leave(self, fetch: Fetch) -> None:
+        fetch.waiters -= 1
+        if not fetch.waiters and not fetch.wanted and not fetch.done.is_set():
+            self._forget(fetch)
+            fetch.scope.cancel()
 
     def _start(self, first: int, end: int, size: int, *, copy: bool, wanted: bool) -> Fetch:
         fetch = Fetch(first, end, size, copy=copy, wanted=wanted)

@@ -75,10 +75,10 @@ class Writes:
         """Return what a cluster in `state`, no larger than `MAX_FETCH`, reads as, zeros past the end of the disk."""
         if state is State.ZERO or self._fetches is None:
             return bytearray(self._cluster_size)
-        (fetch,) = self._fetches.join(cluster, cluster + 1, self._image.header.image_size, copy=False)
-        start = (cluster - fetch.first) * self._cluster_size
-        content = (await self._fetches.wait(fetch))[start : start + self._cluster_size]
-        return bytearray(content)
+        fetches = self._fetches.join(cluster, cluster + 1, self._image.header.image_size, copy=False)
+        (content,) = await self._fetches.wait(fetches)
+        start = (cluster - fetches[0].first) * self._cluster_size
+        return bytearray(content[start : start + self._cluster_size])
 
     async def _link_new(self, first: int, end: int, data: memoryview) -> None:
         """Write `data`, the clusters `[first, end)` (the last may be cut short), to a new extent and link it."""
