@@ -22,7 +22,7 @@ from qedfs.disk.copies import Copies
 from qedfs.disk.fetches import MAX_FETCH, Fetch, Fetches
 from qedfs.disk.readahead import Readahead
 from qedfs.disk.writes import Writes
-from qedfs.errors import BackingUnavailable, Held, LeafError, QedfsError, ReadOnly, UsageError
+from qedfs.errors import BackingUnavailable, CorruptEntry, Held, LeafError, QedfsError, ReadOnly, UsageError
 from qedfs.image.geometry import SECTOR
 from qedfs.image.image import Image
 from qedfs.image.tables import Counts, Run, State
@@ -177,7 +177,10 @@ class Disk:
         start, stop = self._readahead.observe(first, end)
         stop = min(stop, self._image.geometry.clusters(self.size))
         while start < stop:
-            run = self._image.run_nowait(start << self._shift, (stop - start) << self._shift)
+            try:
+                run = self._image.run_nowait(start << self._shift, (stop - start) << self._shift)
+            except CorruptEntry:
+                return  # nobody asked for that cluster yet
             if run is None:
                 return
             run_end = start + (run.length >> self._shift)
