@@ -235,7 +235,11 @@ class Image:
     async def commit(self, *, durable: bool) -> None:
         """Bring what is linked to the disk (`Committer.commit`)."""
         self._uncommitted = self._dirtied = 0
-        self._changed, self._urgent = trio.Event(), trio.Event()
+        # An event that is not set stays: somebody may be waiting for it.
+        if self._changed.is_set():
+            self._changed = trio.Event()
+        if self._urgent.is_set():
+            self._urgent = trio.Event()
         try:
             await self.committer.commit(durable=durable)
         except LeafError:
