@@ -6,6 +6,7 @@ from qedfs.backing.resilient import Backing
 from qedfs.disk.claims import Claims
 from qedfs.disk.fetches import MAX_FETCH, Fetches
 from qedfs.disk.plan import Kind, Part, cut
+from qedfs.image.geometry import SECTOR
 from qedfs.image.image import Image
 from qedfs.image.tables import State
 
@@ -113,11 +114,11 @@ class Writes:
         async with self._image.pinned(first, end):
             extent = self._image.allocate(end - first)
             storage = self._image.storage
-            if extent.pristine:
-                # The file must reach to the end of the cluster before an entry names it. It is grown by a write: a
-                # truncation could cut off what another task has just written behind.
-                await storage.write(extent.offset + extent.length - 512, bytes(512))
-            elif not await storage.punch(extent.offset, extent.length):
+            if extent.pristine or await storage.punch(extent.offset, extent.length):
+                # The file must reach to the end of the cluster before an entry names it; reused clusters may have lain at
+                # its end. It is grown by a write: a truncation could cut off what another task has just written behind.
+                await storage.write(extent.offset + extent.length - SECTOR, bytes(SECTOR))
+            else:
                 await storage.write(extent.offset, bytes(extent.length))
             self._image.link_data(first, end - first, extent.offset)
 
