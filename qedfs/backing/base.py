@@ -10,13 +10,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import trio
+
 
 @dataclass(frozen=True)
 class Identity:
     """What tells one content of a source from another, as far as the source says it.
 
     `size` is in bytes. `tag` is an ETag, a modification time or another token, prefixed by its kind (`etag:…`,
-    `mtime:…`); it is empty where a source tells only its size (NBD, block devices).
+    `mtime:…`); it is empty where a source tells only its size (NBD, block devices). At most 96 ASCII characters, so that
+    it can be recorded as it is: a longer one is to be hashed by the source.
     """
 
     size: int
@@ -69,6 +72,16 @@ class Source(ABC):
     @abstractmethod
     async def aclose(self) -> None:
         """Let go of connections and descriptors. Reads under way fail with `BackingUnavailable`."""
+
+
+CLOSE_PATIENCE = 5.0
+"""Seconds that a polite end of a connection may take."""
+
+
+async def close(source: Source) -> None:
+    """Close `source` within a few seconds, also when the caller is being cancelled: nothing may leak then."""
+    with trio.move_on_after(CLOSE_PATIENCE, shield=True):
+        await source.aclose()
 
 
 def merged(extents: list[Extent]) -> list[Extent]:

@@ -8,9 +8,7 @@ from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-import trio
-
-from qedfs.backing.base import Source
+from qedfs.backing.base import Source, close
 from qedfs.backing.file import FileSource, Found, open_file
 from qedfs.backing.location import FileLocation, Location, NbdLocation, masked, parse_location
 from qedfs.backing.nbd import open_nbd
@@ -129,7 +127,7 @@ async def _open_chain(chain: _Chain, link: _Link, opened: AsyncExitStack) -> Sou
     layers: list[tuple[Source, Header]] = []
     for _ in range(MAX_DEPTH):
         source, location = await chain.open(link)
-        opened.push_async_callback(_close, source)
+        opened.push_async_callback(close, source)
         if await _format(source, link.format or location.format) == RAW:
             return _stacked(layers, source)
         header, name = await read_header(source)
@@ -187,8 +185,3 @@ def qedfs_devices(mounts: Iterable[str]) -> set[int]:
             major, minor = mount.split(" ")[2].split(":")
             devices.add(os.makedev(int(major), int(minor)))
     return devices
-
-
-async def _close(source: Source) -> None:
-    with trio.move_on_after(5, shield=True):
-        await source.aclose()

@@ -23,8 +23,8 @@ from typing import TypeVar
 
 import trio
 
-from qedfs.backing.base import Extent, Identity, Source, merged
-from qedfs.errors import BackingChanged, BackingUnavailable, CorruptEntry, QedfsError
+from qedfs.backing.base import Extent, Identity, Source, close, merged
+from qedfs.errors import BackingChanged, BackingRefused, BackingUnavailable, CorruptEntry, QedfsError
 
 T = TypeVar("T")
 
@@ -33,8 +33,6 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 STALL = 30.0
 """Seconds without any answer after which a source is taken for dead. Below the default time that a guest's read waits."""
-CLOSE_PATIENCE = 5.0
-"""Seconds that a polite end of a dead connection may take."""
 
 
 class BackingState(Enum):
@@ -89,7 +87,7 @@ class Backing:
         """Counts resets: what was opened before one is not used after it."""
         self._connecting: trio.Event | None = None
         self._closed = trio.Event()
-        self._refused: QedfsError | None = None
+        self._refused: BackingRefused | None = None
         self._state = BackingState.IDLE
         self._failures = 0
         self._not_before = -float("inf")
@@ -213,7 +211,8 @@ class Backing:
             if self._closed.is_set():
                 raise BackingUnavailable(self.name, "is closed")
             if self._refused is not None:
-                raise type(self._refused)(*self._refused.args) from self._refused
+                # A new one for each caller: a traceback grows with every raise.
+                raise type(self._refused)(self._refused.what, self._refused.why) from self._refused
             if self._source is not None:
                 if not self._is_silent():
                     return self._source
@@ -234,12 +233,12 @@ class Backing:
                 return
             source = await self._attempt(self._opener)
             if self._closed.is_set() or generation != self._generation:
-                await _close(source)
+                await close(source)
                 return
             try:
                 self._check_identity(source)
             except BackingChanged:
-                await _close(source)
+                await close(source)
                 raise
             self._source, self._owing_since = source, None
             self._format = source.format
@@ -279,7 +278,7 @@ class Backing:
         source, self._source = self._source, None
         self._owing_since = None
         if source is not None:
-            await _close(source)
+            await close(source)
 
     def _succeeded(self) -> None:
         now = trio.current_time()
@@ -298,7 +297,7 @@ class Backing:
         self._note(error, BackingState.UNAVAILABLE)
 
     def _refuse(self, error: QedfsError) -> None:
-        self._refused = error
+        self._refused = error if isinstance(error, BackingRefused) else BackingRefused(error.what, error.why)
         self._note(error, BackingState.REFUSED)
 
     def _note(self, error: QedfsError, state: BackingState) -> None:
@@ -328,9 +327,3 @@ def difference(expected: Identity, found: Identity) -> str:
     if expected.tag and found.tag and expected.tag != found.tag:
         return f"it was {expected.tag} and is {found.tag}"
     return ""
-
-
-async def _close(source: Source) -> None:
-    # Also when the caller is being cancelled, or descriptors and connections would leak.
-    with trio.move_on_after(CLOSE_PATIENCE, shield=True):
-        await source.aclose()
