@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -56,21 +56,20 @@ async def admitted(path: str, terms: Terms) -> AsyncIterator[Disk]:
     """
     storage = await _open_storage(path, read_only=terms.options.read_only)
     image = await _open_image(storage)
-    backing: Backing | None = None
-    try:
-        if image.backing_name:
-            backing = _backing_of(image, storage, terms)
-            if not image.record.hold:
-                await _meet(image, backing, trust=terms.options.trust_backing)
-        async with open_disk(image, backing, terms.options.disk) as disk:
-            yield disk
-    finally:
-        with trio.CancelScope(shield=True):
-            try:
-                await image.aclose()
-            finally:
-                if backing:
-                    await backing.aclose()
+    # Ordering: the disk's copies end, then the image is committed and closed, then nobody reads the backing any more.
+    async with AsyncExitStack() as opened:
+        backing = _backing_of(image, storage, terms) if image.backing_name else None
+        if backing:
+            opened.push_async_callback(_shielded, backing.aclose)
+        opened.push_async_callback(_shielded, image.aclose)
+        if backing and not image.record.hold:
+            await _meet(image, backing, trust=terms.options.trust_backing)
+        yield await opened.enter_async_context(open_disk(image, backing, terms.options.disk))
+
+
+async def _shielded(close: Callable[[], Awaitable[None]]) -> None:
+    with trio.CancelScope(shield=True):
+        await close()
 
 
 async def _open_storage(path: str, *, read_only: bool) -> FileStorage:
@@ -86,7 +85,7 @@ async def _open_image(storage: FileStorage) -> Image:
     try:
         return await open_image(storage)
     except BaseException:
-        await storage.aclose()
+        await _shielded(storage.aclose)
         raise
 
 
