@@ -34,6 +34,8 @@ COMMIT_AGE = 1.0
 cost in copies, against one flush of the leaf."""
 PREFETCHES = 8
 """Pieces of `MAX_FETCH` that one prefetch has under way at once."""
+LOG_PAUSE = 60.0
+"""Seconds between two lines of the log about errors of one kind."""
 RETRY_COMMIT = 5.0
 """Seconds between attempts to commit when the leaf does not take it."""
 _SCRATCH = memoryview(bytearray(MAX_FETCH))
@@ -75,12 +77,13 @@ class Disk:
         self._nursery = nursery
         self._shift = self.cluster_size.bit_length() - 1
         self._claims = Claims()
-        self._copies = Copies(image, self._claims)
+        self._copies = Copies(image, self._claims, options.reserve)
         self._fetches = Fetches(backing, self.cluster_size, nursery, self._copies.copy) if backing else None
         self._writes = Writes(image, self._claims, backing, self._fetches)
         self._readahead = Readahead(options.readahead // self.cluster_size)
         self._error: QedfsError | None = None
         self._error_time = 0.0
+        self._logged: dict[type[QedfsError], tuple[str, float]] = {}
 
     @property
     def size(self) -> int:
@@ -233,8 +236,13 @@ class Disk:
         Raises:
             LeafFull, LeafError, LeafFailed: it is not.
         """
-        if not self.read_only:
+        if self.read_only:
+            return
+        try:
             await self._image.commit(durable=True)
+        except LeafError as error:
+            self._note(error)
+            raise
 
     async def grow(self, size: int, *, at_least: bool = False) -> None:
         """Grow the disk to `size` bytes (with `at_least`: unless it is that large already); new space reads as zeros.
@@ -354,9 +362,12 @@ class Disk:
         ]
 
     def _note(self, error: QedfsError) -> None:
-        if self._error is None or str(error) != str(self._error):
-            log.warning("%s", error)  # once, however many requests meet it
         self._error, self._error_time = error, time.time()
+        # Once, however many requests meet it: a damaged table may have a different error for each of its clusters.
+        logged, at = self._logged.get(type(error), ("", -LOG_PAUSE))
+        if str(error) != logged and trio.current_time() - at >= LOG_PAUSE:
+            self._logged[type(error)] = (str(error), trio.current_time())
+            log.warning("%s", error)
 
     def statistics(self) -> DiskStatistics:
         """Return how the disk is now."""
@@ -392,7 +403,7 @@ class Disk:
             return "held"
         if backing in (BackingState.UNAVAILABLE, BackingState.REFUSED):
             return "backing-error"
-        return "no-space" if self._copies.full and self._copies.resting else "passive"
+        return "no-space" if self._copies.full else "passive"
 
     # -- background ----------------------------------------------------------------------------------------------------
 
@@ -420,6 +431,8 @@ class Disk:
             nursery.start_soon(self._survey)
             if not self.read_only:
                 nursery.start_soon(self._commit_by_age)
+                if self._backing is not None:
+                    nursery.start_soon(self._copies.watch_room)
             task_status.started(self)
 
 
