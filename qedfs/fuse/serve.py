@@ -23,9 +23,9 @@ _log = logging.getLogger(__name__)
 
 MAX_TASKS = 4096
 """Requests in progress at once. Each request that waits for a backing keeps a task, and with none left every disk of
-the mount stands still. Background requests are limited by the kernel (`tuning.MAX_BACKGROUND`); the others are one per
-waiting thread of a client, so this is more threads than one host has stuck at a time. A waiting task takes about
-20 KiB, and up to 1 MiB more after a large write."""
+the mount stands still. Half of them cannot be taken by background requests (`tuning.MAX_BACKGROUND`); of the others
+there is one per waiting thread of a client, so this is more threads than one host has stuck at a time. A waiting task
+takes about 20 KiB, and the size of its request more for a write."""
 
 
 async def serve(

@@ -77,18 +77,35 @@ class Mounted:
 Mount = Callable[..., Mounted]
 
 
+def make_mount(point: Path, *disks: dict[str, Any], options: str = "", **setup: Any) -> Mounted:
+    """Mount `disks` (`{"name":, "size":, "mode":, "read_only":}`; one by default); usable when it returns."""
+    point.mkdir()
+    mounted = Mounted(point, {"disks": disks or [{"name": "vm.raw"}], "options": options, **setup})
+    try:
+        assert mounted.answer() == "ready", mounted.log
+    except BaseException:
+        mounted.end()
+        raise
+    return mounted
+
+
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Call it with disks (`{"name":, "size":, "mode":, "read_only":}`) and the text after `-o`; returns when usable."""
+    """`make_mount` at places of its own; ends what it made."""
     made: list[Mounted] = []
 
     def make(*disks: dict[str, Any], options: str = "", **setup: Any) -> Mounted:
-        point = tmp_path / f"mount{len(made)}"
-        point.mkdir()
-        made.append(Mounted(point, {"disks": disks or [{"name": "vm.raw"}], "options": options, **setup}))
-        assert made[-1].answer() == "ready", made[-1].log
+        made.append(make_mount(tmp_path / f"mount{len(made)}", *disks, options=options, **setup))
         return made[-1]
 
     yield make
     for mounted in made:
         mounted.end()
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    """One mount for all tests in which nothing changes because everything is refused."""
+    mounted = make_mount(tmp_path_factory.mktemp("refusing") / "mount")
+    yield mounted
+    mounted.end()

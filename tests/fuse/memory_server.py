@@ -2,8 +2,8 @@
 
     python memory_server.py MOUNTPOINT JSON
 
-JSON: `{"options": "-o text", "fsname": …, "disks": [{"name":, "size":, "mode":, "read_only":}]}`. Commands, one a line:
-`journal` (what the disks were asked to do since the last time), `hold NAME` / `release NAME` (reads wait meanwhile),
+JSON: `{"options": "-o text", "fsname": …, "disks": [{"name":, "size":, "mode":, "read_only":}], "user": uid}`. Commands, one a line:
+`journal` (what the disks were asked to do since the last time), `hold NAME` / `release NAME` (reads wait meanwhile), `waiting NAME` (how many do),
 `break NAME` (reads and writes meet a defect), `add NAME`, `remove NAME`, `closed NAME` (answers when the removed leaf is not in
 use any more), `unmount`, `lazy`. Each answers one line of JSON. Ends when it has been unmounted.
 """
@@ -64,6 +64,7 @@ class MemoryDisk:
         self.gate = trio.Event()
         self.gate.set()
         self.broken = False
+        self.waiting = 0
 
     @property
     def size(self) -> int:
@@ -75,7 +76,9 @@ class MemoryDisk:
         return memoryview(bytes(self.content[pos : pos + length])) if self.gate.is_set() else None
 
     async def read(self, pos: int, length: int) -> bytes:
+        self.waiting += 1
         await self.gate.wait()
+        self.waiting -= 1
         return bytes(self.content[pos : pos + length])
 
     def write_nowait(self, pos: int, data: bytes) -> bool:
@@ -172,6 +175,8 @@ class Server:
         elif word == "release":
             self.disks[name].gate.set()
             answer("released")
+        elif word == "waiting":
+            answer(self.disks[name].waiting)
         elif word == "break":
             self.disks[name].broken = True
             answer("broken")
@@ -196,6 +201,10 @@ def answer(value: object) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    if user := json.loads(sys.argv[2]).get("user"):
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
     try:
         trio.run(Server(sys.argv[1], json.loads(sys.argv[2])).run)
     except* QedfsError as group:

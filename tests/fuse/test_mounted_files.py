@@ -150,12 +150,11 @@ def test_a_larger_truncate_grows_the_disk(mount: Mount) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 512, MIB - 512, MIB + 1, MIB + 511])
-def test_a_smaller_or_odd_truncate_is_refused_and_changes_nothing(mount: Mount, size: int) -> None:
-    mounted = mount()
-    with Open(mounted.file()) as fd:
+def test_a_smaller_or_odd_truncate_is_refused_and_changes_nothing(refusing: Mounted, size: int) -> None:
+    with Open(refusing.file()) as fd:
         os.pwrite(fd, b"kept", 600)
         assert refused(os.ftruncate, fd, size) == errno.EINVAL
-        assert refused(os.truncate, mounted.file(), size) == errno.EINVAL
+        assert refused(os.truncate, refusing.file(), size) == errno.EINVAL
         assert os.fstat(fd).st_size == MIB
         assert os.pread(fd, 4, 600) == b"kept"
 
@@ -223,10 +222,9 @@ CHANGES: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_directory_cannot_be_changed(mount: Mount, change: str) -> None:
-    mounted = mount()
-    assert refused(CHANGES[change], mounted.file(), mounted.file("new")) == errno.EPERM
-    assert os.listdir(mounted.path) == ["vm.raw"]
+def test_the_directory_cannot_be_changed(refusing: Mounted, change: str) -> None:
+    assert refused(CHANGES[change], refusing.file(), refusing.file("new")) == errno.EPERM
+    assert os.listdir(refusing.path) == ["vm.raw"]
 
 
 def test_times_may_be_set(mount: Mount) -> None:
