@@ -45,4 +45,4 @@ def _address(listen: str) -> tuple[str, int]:
         return listen.strip("[]"), DEFAULT_PORT
     if not port.isdecimal() or int(port) > 65535:
         raise UsageError("--listen", f"'{listen}' is not of the form HOST:PORT")
-    return host.strip("[]"), int(port)
+    return host.strip("[]") or "0.0.0.0", int(port)

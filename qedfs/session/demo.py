@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import PIPE, STDOUT
+from subprocess import STDOUT
 from urllib.parse import quote
 
 import trio
@@ -56,20 +56,16 @@ async def run_demo(say: Say) -> None:
     """
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            interrupted = False
-
-            async def watch() -> None:
-                nonlocal interrupted
-                async for _ in signals:
-                    interrupted = True
-                    nursery.cancel_scope.cancel()
-
-            nursery.start_soon(watch)
             with tempfile.TemporaryDirectory(prefix="qedfs-demo-") as folder:
-                await _Demo(Path(folder), say).run()
+                demo = _Demo(Path(folder), say)
+
+                async def watch() -> None:
+                    async for _ in signals:
+                        demo.work.cancel()
+
+                nursery.start_soon(watch)
+                await demo.run()
             nursery.cancel_scope.cancel()
-    if interrupted:
-        raise Interrupted("demo", "interrupted; everything is removed")
 
 
 class _Demo:
@@ -81,6 +77,8 @@ class _Demo:
         self._socket = folder / "base.sock"
         self._say = say
         self._random = random.Random("qedfs")
+        self.work = trio.CancelScope()
+        """Cancel it to end the demonstration early and in good order."""
 
     async def run(self) -> None:
         content = bytearray(await trio.to_thread.run_sync(self._make_base))
@@ -91,12 +89,17 @@ class _Demo:
             try:
                 listeners = [await open_unix_listener(self._socket)]
                 await nursery.start(lambda task_status: serve(source, listeners, name="base", task_status=task_status))
-                await self._use(content)
-                await self._verify(bytes(content))
+                # The server outlives the work: a read that waits in the kernel for the mount, and the mount for the
+                # server, cannot be given up.
+                with self.work:
+                    await self._use(content)
+                    await self._verify(bytes(content))
                 nursery.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(shield=True):
                     await source.aclose()
+        if self.work.cancelled_caught:
+            raise Interrupted("demo", "interrupted; everything is removed")
         _expect(await trio.to_thread.run_sync(self._base.read_bytes) == base, "the base was changed")
         self._say("The base image is as it was. That was the main job: nothing was copied before it was needed.")
 
@@ -120,7 +123,7 @@ class _Demo:
         except trio.TooSlowError as error:
             raise DemoFailed("demo", "the mounted disk does not answer") from error
         finally:
-            with trio.move_on_after(_CLEANING_TIME, shield=True):
+            with trio.CancelScope(shield=True):
                 await self._detach()
 
     async def _read_and_write(self, content: bytearray) -> None:
@@ -185,9 +188,12 @@ class _Demo:
             raise DemoFailed(arguments[0], said.splitlines()[-1].removeprefix("qedfs: ") if said else "failed")
 
     async def _detach(self) -> None:
-        if find_mount(str(self._mountpoint)):
-            line = [sys.executable, "-m", "qedfs", "unmount", "--lazy", str(self._mountpoint)]
-            await trio.run_process(line, stdin=b"", stdout=PIPE, stderr=STDOUT, check=False)
+        """End the mount if there is one, and wait for the process behind it, as long as it is not stuck."""
+        for lazy in ([], ["--lazy"]):
+            if find_mount(str(self._mountpoint)):
+                line = [sys.executable, "-m", "qedfs", "unmount", *lazy, str(self._mountpoint)]
+                with trio.move_on_after(_CLEANING_TIME):
+                    await trio.run_process(line, stdin=b"", capture_stdout=True, stderr=STDOUT, check=False)
 
 
 def _expect(holds: bool, otherwise: str) -> None:

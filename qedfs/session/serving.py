@@ -85,7 +85,7 @@ async def _listen(service: Service) -> list[trio.SocketListener]:
 
 async def _refuse_beyond_loopback(host: str) -> None:
     try:
-        found = await trio.socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = await trio.socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise UsageError(host, f"is no address to listen on ({error})") from error
     for *_, address in found:
