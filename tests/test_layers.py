@@ -37,7 +37,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 SANS_IO = (
     *("qedfs.nbd.constants", "qedfs.nbd.errors", "qedfs.nbd.negotiation", "qedfs.nbd.transmission"),
     *("qedfs.image.header", "qedfs.image.geometry", "qedfs.image.tables", "qedfs.image.record"),
-    *("qedfs.image.allocator", "qedfs.image.survey", "qedfs.disk.plan", "qedfs.disk.readahead"),
+    *("qedfs.image.allocator", "qedfs.image.survey", "qedfs.disk.plan", "qedfs.disk.readahead", "qedfs.disk.reserve"),
 )
 IO = frozenset({"trio", "os", "psutil", "socket", "subprocess", "threading", "asyncio"})
 # Of `os`, what touches no file: conversions, arithmetic on paths, types, who we are.

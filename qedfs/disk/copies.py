@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import trio
 
+from qedfs.config import Reserve
 from qedfs.disk.claims import Claims
 from qedfs.disk.fetches import MAX_FETCH, Bytes, Fetch
 from qedfs.disk.plan import is_zero, zero_clusters
+from qedfs.disk.reserve import Room
 from qedfs.errors import LeafError, LeafFull, QedfsError
 from qedfs.image.image import Image
 from qedfs.image.tables import Run, State
@@ -21,25 +23,43 @@ REST = 5.0
 class Copies:
     """Copies into one image. `error` is the newest failure and `error_time` when it was (seconds since the epoch)."""
 
-    def __init__(self, image: Image, claims: Claims) -> None:
+    def __init__(self, image: Image, claims: Claims, reserve: Reserve | None) -> None:
         self._image = image
         self._claims = claims
         self._cluster_size = image.geometry.cluster_size
         self._resting_until = -float("inf")
-        self.full = False
-        """The last copy failed for want of room."""
+        self._room = Room(reserve)
+        self._stopped = trio.Event()
         self.error: QedfsError | None = None
         self.error_time = 0.0
 
     @property
+    def full(self) -> bool:
+        """Whether copying has stopped for want of room (`Room`)."""
+        return self._room.stopped
+
+    @property
     def resting(self) -> bool:
         """Whether copying pauses because the leaf did not take the last one."""
-        return trio.current_time() < self._resting_until
+        return self.full or trio.current_time() < self._resting_until
+
+    async def watch_room(self) -> None:
+        """Find out what is free now, and let copies resume when there is room again. Does not return."""
+        while True:
+            try:
+                await self._look(0)
+            except LeafError as error:
+                self._note(error)
+            if not self.full:
+                await self._stopped.wait()
+            await trio.sleep(REST)
 
     async def copy(self, fetch: Fetch) -> None:
         """Put into the leaf what is still missing of a fetch that has ended well. Raises nothing that is expected."""
         try:
             end = self._still_inside(fetch)
+            if not await self._has_room((end - fetch.first) * self._cluster_size):
+                return
             with self._claims.hold_unclaimed(fetch.first, end) as parts:
                 for first, stop in parts:
                     await self._copy_claimed(fetch, first, stop)
@@ -62,7 +82,9 @@ class Copies:
         try:
             # Whoever copies it already holds its claim too.
             with self._claims.hold_unclaimed(cluster, cluster + 1) as parts:
-                if parts and (await self._image.run(cluster * self._cluster_size, 1)).state is State.BACKING:
+                if not parts or not await self._has_room(self._cluster_size):
+                    return
+                if (await self._image.run(cluster * self._cluster_size, 1)).state is State.BACKING:
                     await self._copy_large_claimed(cluster, backing)
         except QedfsError as error:
             self._rest(error)
@@ -89,7 +111,6 @@ class Copies:
         # A write that fails leaves the extent leaked: what of it reached the disk is in doubt.
         await self._image.storage.write(extent.offset, data)
         self._image.link_data(first, end - first, extent.offset)
-        self.full = False
 
     async def _copy_large_claimed(self, cluster: int, backing: Bytes) -> None:
         await self._image.begin_allocating()
@@ -128,8 +149,34 @@ class Copies:
     def _part(self, base: int, first: int, end: int) -> slice:
         return slice((first - base) * self._cluster_size, (end - base) * self._cluster_size)
 
+    async def _has_room(self, length: int) -> bool:
+        if self.full:
+            return False
+        if self._room.take(length, trio.current_time()):
+            return True
+        await self._look(length)
+        if self._room.take(length, trio.current_time()):
+            return True
+        self._stop()
+        why = f"copying stopped: {self._room.reserve} bytes of its file system are kept for the guest (reserve)"
+        self._note(LeafFull(self._image.name, why))
+        return False
+
+    async def _look(self, length: int) -> None:
+        space = await self._image.storage.space()
+        self._room.observe(space, length, trio.current_time())
+
     def _rest(self, error: QedfsError) -> None:
-        self.error, self.error_time = error, time.time()
-        if isinstance(error, LeafError):
-            self.full = isinstance(error, LeafFull)
+        self._note(error)
+        if isinstance(error, LeafFull):
+            self._room.stop()
+            self._stop()
+        elif isinstance(error, LeafError):
             self._resting_until = trio.current_time() + REST
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        self._stopped = trio.Event()
+
+    def _note(self, error: QedfsError) -> None:
+        self.error, self.error_time = error, time.time()

@@ -15,7 +15,7 @@ import stat
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import trio
 
@@ -37,6 +37,13 @@ _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x1, 0x2
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class Space(NamedTuple):
+    """Room on a file system, in bytes: all there is, and what an ordinary user may still take."""
+
+    total: int
+    free: int
 
 
 class Storage(ABC):
@@ -83,6 +90,10 @@ class Storage(ABC):
         Both are the length of the file when there is none.
         """
         return min(offset, self.length()), self.length()
+
+    async def space(self) -> Space | None:
+        """Return what room the file system under the file has; None where there is none to fill up."""
+        return None
 
     @abstractmethod
     async def aclose(self) -> None:
@@ -174,6 +185,18 @@ class FileStorage(Storage):
                 raise self._error("cannot be read", error) from error
 
         return await self._in_thread(seek)
+
+    async def space(self) -> Space | None:
+        def look() -> Space | None:
+            try:
+                if stat.S_ISBLK(os.fstat(self.fd).st_mode):
+                    return None
+                found = os.fstatvfs(self.fd)
+            except OSError as error:
+                raise self._error("its file system does not say what is free", error) from error
+            return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
+
+        return await self._in_thread(look)
 
     async def aclose(self) -> None:
         fd, self.fd = self.fd, -1

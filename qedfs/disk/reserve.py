@@ -1,0 +1,68 @@
+"""How much room copies leave on the leaf's file system. Sans-IO: told what is free, it says whether a copy may be made.
+
+A copy is a convenience, a guest's write is not: so copies stop while there is room left, and guest writes take the rest.
+They resume only at twice the reserve, or a leaf near the limit would stop and resume with every file that comes and goes.
+"""
+
+from __future__ import annotations
+
+from qedfs.config import Reserve
+from qedfs.image.storage import Space
+
+LEAST, LEAST_PERCENT = 1 << 30, 5.0
+"""The default is the larger of both: some minutes of a busy guest."""
+LOOK_AGE = 1.0
+"""Seconds for which a look at the file system is believed while copies are made."""
+LOOK_BYTES = 64 << 20
+"""Bytes that may be copied on the ground of one look: what each of several leaves on one file system may overshoot."""
+LEAST_TO_RESUME = 1 << 20
+"""Bytes that must be free for copies to resume, however small the reserve."""
+
+
+class Room:
+    """Whether copies may go on. `now` is any clock in seconds; lengths are in bytes."""
+
+    def __init__(self, reserve: Reserve | None) -> None:
+        self._wanted = reserve
+        self._known = False
+        self._left = 0
+        """What may still be copied on the ground of the last look."""
+        self._believed_until = -float("inf")
+        self.reserve = 0
+        """Bytes that stay free; 0 before the first look."""
+        self.stopped = False
+        """No copies until a look finds twice the reserve."""
+
+    def take(self, length: int, now: float) -> bool:
+        """Count a copy of `length` bytes if it may be made by what is known; False: look, and `observe` what is there."""
+        if not self._known or now >= self._believed_until or length > self._left:
+            return False
+        self._left -= length
+        return True
+
+    def observe(self, space: Space | None, length: int, now: float) -> None:
+        """Take in what a look has found (None: there is no file system to fill), before a copy of `length` bytes."""
+        if not self._known:
+            self._known = True
+            self.reserve = _size(self._wanted, space) if space else 0
+        spare = space.free - self.reserve if space else LOOK_BYTES + length
+        if self.stopped:
+            self.stopped = space is not None and space.free < max(2 * self.reserve, LEAST_TO_RESUME)
+        elif spare < length:
+            self.stopped = True
+        self._left = 0 if self.stopped else min(spare, LOOK_BYTES + length)
+        self._believed_until = now + LOOK_AGE
+
+    def stop(self) -> None:
+        """A copy found no room, whatever a look says (a quota, or somebody was faster)."""
+        self.stopped = True
+        self._left = 0
+
+
+def _size(reserve: Reserve | None, space: Space) -> int:
+    """Return the reserve in bytes for a file system as it was at the first look."""
+    if reserve is None:
+        return min(max(LEAST, int(space.total * LEAST_PERCENT / 100)), space.free // 2)
+    if reserve.percent is not None:
+        return int(space.total * reserve.percent / 100)
+    return reserve.size or 0
