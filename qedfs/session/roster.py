@@ -66,10 +66,11 @@ class Roster:
         Raises:
             QedfsError: it cannot be served. The caller decides whether that is worth noting (`refuse`).
         """
+        status = await trio.to_thread.run_sync(_status, path)
         name = raw_name(path)
+        # No await from looking for the name to taking it.
         if name in self._served:
             raise UsageError(path, f"would be called {name}, as {self._served[name].path} is already")
-        status = await trio.to_thread.run_sync(_status, path)
         served = self._served[name] = _Served(path, name, FileId(status.st_dev, status.st_ino))
         try:
             await self._nursery.start(self._keep, served, status)

@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 import trio
 
@@ -72,37 +73,50 @@ async def _run(mount: Mount, ready: Callable[[], None]) -> int:
     return ending.status or status
 
 
+class _Phase(Enum):
+    STARTING = "starting"
+    MOUNTED = "mounted"
+    ENDING = "ending"
+
+
 class _Ending:
-    """What a signal does: before the mount is usable it stops the start, later it unmounts."""
+    """What a signal does: before the mount is usable it stops the start, then it unmounts, later nothing.
+
+    Nothing, because what is mounted there by then may be another's.
+    """
 
     def __init__(self, mountpoint: str) -> None:
         self.status = 0
+        """The exit status that a signal has caused."""
         self.starting = trio.CancelScope()
         self._mountpoint = mountpoint
-        self._mounted = False
+        self._phase = _Phase.STARTING
 
     def mounted(self) -> None:
-        self._mounted = True
+        self._phase = _Phase.MOUNTED
+
+    def unmounted(self) -> None:
+        self._phase = _Phase.ENDING
 
     async def obey(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
-            name = signal.Signals(number).name
-            if not self._mounted:
+            log.info("%s: %s", self._mountpoint, signal.Signals(number).name)
+            if self._phase is _Phase.STARTING:
                 self.status = 128 + number
                 self.starting.cancel()
-                continue
-            log.info("%s: %s, unmounting", self._mountpoint, name)
-            await _unmount(self._mountpoint)
+            elif self._phase is _Phase.MOUNTED:
+                await self.unmount()
 
-
-async def _unmount(mountpoint: str) -> None:
-    """Unmount our own mount; if it is busy, serve on out of sight until the last close."""
-    try:
-        if not await unmount(mountpoint):
-            log.info("%s: in use, served until the last close", mountpoint)
-            await unmount(mountpoint, lazy=True)
-    except MountError as error:
-        log.info("%s", error)  # a second signal, or somebody was faster
+    async def unmount(self) -> None:
+        """Unmount; if it is busy, serve on out of sight until the last close."""
+        try:
+            if not await unmount(self._mountpoint):
+                log.info("%s: in use, served until the last close", self._mountpoint)
+                await unmount(self._mountpoint, lazy=True)
+        except MountError as error:
+            log.error("%s", error)
+        else:
+            self.unmounted()
 
 
 @dataclass(frozen=True)
@@ -139,8 +153,9 @@ async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending) -> in
                         ending.mounted()
                         for folder in opened.folders:
                             mounted.start_soon(folder.watch, roster)
-                        await _tell(ready, mount.mountpoint)
+                        await _tell(ready, ending)
             finally:
+                ending.unmounted()
                 roster.tree.close_all()  # the kernel need not tell us the last close
                 roster.release_all()
     return 1 if roster.failed else 0
@@ -162,10 +177,10 @@ async def _serve_until_unmounted(
     watching.cancel()
 
 
-async def _tell(ready: Callable[[], None], mountpoint: str) -> None:
+async def _tell(ready: Callable[[], None], ending: _Ending) -> None:
     try:
         ready()
     except OSError:
         # Whoever asked for the mount has gone and was never told that it is there: leave nothing behind.
-        log.warning("%s: nobody waits for it any more, unmounting", mountpoint)
-        await _unmount(mountpoint)
+        log.warning("nobody waits for the mount any more, unmounting")
+        await ending.unmount()
