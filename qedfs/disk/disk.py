@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 import trio
@@ -301,9 +301,10 @@ class Disk:
 
     async def _prefetch_piece(self, pos: int, end: int, slots: trio.Semaphore) -> None:
         try:
-            async for run in self._image.runs(pos, end - pos):
-                if run.state is State.BACKING:
-                    await self._populate(run)
+            async with aclosing(self._image.runs(pos, end - pos)) as runs:
+                async for run in runs:
+                    if run.state is State.BACKING:
+                        await self._populate(run)
         except QedfsError as error:
             self._note(error)
         finally:
@@ -323,14 +324,15 @@ class Disk:
                 if zero_first < zero_end:
                     await self._copies.link_promised(zero_first, zero_end)
             pos += extent.length
-        async for missing in self._image.runs(first << self._shift, stop - (first << self._shift)):
-            if missing.state is not State.BACKING:
-                continue
-            if self.cluster_size > MAX_FETCH:
-                await self._copies.copy_large(missing.pos >> self._shift, self._backing)
-                continue
-            fetches = self._fetches.join(*self._clusters_of(missing), self.size, copy=True, wanted=True)
-            await self._fetches.wait(fetches)
+        async with aclosing(self._image.runs(first << self._shift, stop - (first << self._shift))) as runs:
+            async for missing in runs:
+                if missing.state is not State.BACKING:
+                    continue
+                if self.cluster_size > MAX_FETCH:
+                    await self._copies.copy_large(missing.pos >> self._shift, self._backing)
+                    continue
+                fetches = self._fetches.join(*self._clusters_of(missing), self.size, copy=True, wanted=True)
+                await self._fetches.wait(fetches)
 
     def _clusters_of(self, run: Run) -> tuple[int, int]:
         return run.pos >> self._shift, (run.pos + run.length + self.cluster_size - 1) >> self._shift

@@ -8,7 +8,7 @@ without an await between them.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -156,8 +156,8 @@ class Image:
                 return run
             await self._load(pos >> (self._shift + self._table_shift))
 
-    async def runs(self, pos: int, length: int) -> AsyncIterator[Run]:
-        """Yield the runs of `[pos, pos + length)` in order, as they are when each is reached."""
+    async def runs(self, pos: int, length: int) -> AsyncGenerator[Run, None]:
+        """Yield the runs of `[pos, pos + length)` in order, as they are when each is reached. Close it (`aclosing`)."""
         end = pos + length
         while pos < end:
             run = await self.run(pos, end - pos)
