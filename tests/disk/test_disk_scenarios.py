@@ -9,10 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs.backing.base import Identity
-from qedfs.config import Mode
-from qedfs.errors import BackingRefused, BackingUnavailable, CorruptEntry, LeafError, LeafFailed, LeafFull
-from qedfs.image.geometry import Geometry
+from qedfs.errors import CorruptEntry
 from qedfs.image.tables import State
 from tests.model.fake_source import FakeSource
 from tests.model.memory_disk import SMALL, empty_image, memory_disk, pattern, settled

@@ -44,7 +44,7 @@ class FakeSource(Source):
         return Backing(opener, name=self.name, format="raw")
 
     async def read_into(self, pos: int, buffer: memoryview) -> None:
-        assert 0 <= pos
+        assert pos >= 0
         assert pos + len(buffer) <= self.size
         self.requests.append((pos, len(buffer)))
         await self.delay()

@@ -1,0 +1,139 @@
+"""A power cut at any instant: the image is valid, and what a flush covered is there."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qedfs.config import Mode
+from qedfs.image.check import check_image
+from qedfs.image.geometry import Geometry
+from tests.image.memory_storage import MemoryStorage
+from tests.model.effort import examples
+from tests.model.fake_source import FakeSource
+from tests.model.memory_disk import MemoryDisk, empty_image, memory_disk, pattern
+from tests.model.recording_storage import RecordingStorage, after_power_cut
+from tests.model.reference import judge
+
+SECTOR = 512
+CUTS = 25
+"""States rebuilt for each run of the workload."""
+
+
+@dataclass
+class History:
+    """What was written to each sector, and which of it each flush covered; times are lengths of the storage's log."""
+
+    rig: MemoryDisk
+    old: bytes
+    """The disk's content before."""
+    versions: dict[int, list[tuple[int, bytes]]] = field(default_factory=dict)
+    """By sector, oldest first: when its write began, and the content."""
+    acknowledged: dict[int, int] = field(default_factory=dict)
+    """By sector, how many versions were answered."""
+    flushes: list[tuple[int, dict[int, int]]] = field(default_factory=list)
+    """When each flush had ended, and what was acknowledged as it began."""
+    sizes: list[tuple[int, int, int]] = field(default_factory=list)
+    """Growths: when each began and ended, and the new size."""
+
+    @property
+    def now(self) -> int:
+        return len(self.rig.storage.log)
+
+    async def write(self, sector: int, data: bytes) -> None:
+        count = len(data) // SECTOR
+        for i in range(count):
+            self.versions.setdefault(sector + i, []).append((self.now, data[i * SECTOR : (i + 1) * SECTOR]))
+        if not self.rig.disk.write_nowait(sector * SECTOR, data):
+            await self.rig.disk.write(sector * SECTOR, data)
+        for i in range(count):
+            self.acknowledged[sector + i] = len(self.versions[sector + i])
+
+    async def flush(self) -> None:
+        covered = dict(self.acknowledged)
+        await self.rig.disk.flush()
+        self.flushes.append((self.now, covered))
+
+    async def grow(self, size: int) -> None:
+        begun = self.now
+        await self.rig.disk.grow(size)
+        self.sizes.append((begun, self.now, size))
+
+    def check(self, cut: int, content: bytes) -> None:
+        """Assert that a disk of `content` may be what a power cut left after `cut` operations."""
+        covered = next((c for ended, c in reversed(self.flushes) if ended <= cut), {})
+        assert len(content) >= max((size for _, ended, size in self.sizes if ended <= cut), default=len(self.old))
+        assert len(content) <= max((size for begun, _, size in self.sizes if begun < cut), default=len(self.old))
+        expected = bytearray(self.old.ljust(len(content), b"\0"))
+        for sector, versions in self.versions.items():
+            place = slice(sector * SECTOR, (sector + 1) * SECTOR)
+            count = covered.get(sector, 0)
+            allowed = [data for begun, data in versions[max(0, count - 1) :] if begun < cut]
+            if not count:
+                allowed.append(bytes(expected[place]))
+            assert content[place] in allowed, f"sector {sector} after {cut} operations, {count} versions flushed"
+            expected[place] = content[place]
+        assert content == expected
+
+
+async def work(history: History, dice: random.Random, first: int, end: int) -> None:
+    """Use the sectors `[first, end)`, which no other task writes, though others use the clusters at their edges."""
+    rig = history.rig
+    for _ in range(dice.randrange(4, 16)):
+        at = dice.randrange(first, end)
+        count = min(dice.choice((1, 3, 8, 24)), end - at)
+        match dice.choice(("write", "write", "write", "zeros", "read", "read", "flush", "commit", "prefetch")):
+            case "write":
+                await history.write(at, dice.randbytes(count * SECTOR))
+            case "zeros":
+                at = at // 8 * 8 if at // 8 * 8 >= first else at
+                await history.write(at, bytes(min(8 * dice.randrange(1, 4), end - at) * SECTOR))
+            case "read":
+                await rig.disk.read(at * SECTOR, count * SECTOR)
+            case "flush":
+                await history.flush()
+            case "commit":
+                await rig.image.commit(durable=False)
+            case "prefetch":
+                rig.disk.prefetch(at * SECTOR, 16 * SECTOR)
+
+
+@examples(12)
+@given(seed=st.integers(0, 1 << 32))
+async def test_every_state_a_power_cut_could_leave_is_a_valid_image_with_what_was_flushed(seed: int) -> None:
+    dice = random.Random(seed)
+    geometry = Geometry(4096, dice.choice((1, 2)))
+    size = dice.choice((300, 8 * 40, 8 * 40 + 3)) * SECTOR
+    tables = dice.choice((1, 3))  # the disk's content lies in the spans of that many tables
+    size += (tables - 1) * geometry.span
+    base = bytearray(pattern(dice.choice((size // 2 + 777, size, size + 100_000))))
+    for _ in range(10):
+        hole = dice.randrange(len(base)) // 4096 * 4096
+        base[hole : hole + 8192] = bytes(len(base[hole : hole + 8192]))
+    content = (await empty_image(size, geometry=geometry)).content
+    for _ in range(3):  # what a cut left is used further: its leaks are reused
+        storage = RecordingStorage(content, schedule=dice)
+        source = FakeSource(bytes(base))
+        source.promises = dice.random() < 0.5
+        current = judge(content, bytes(base)).content
+        async with memory_disk(storage, source, mode=dice.choice((Mode.COW, Mode.COR, Mode.COR))) as rig:
+            history = History(rig, current)
+            async with trio.open_nursery() as nursery:
+                for table in range(tables):
+                    at = table * geometry.span // SECTOR
+                    last = min(at + 300, len(current) // SECTOR)
+                    edge = (at + last) // 2 + 3
+                    nursery.start_soon(work, history, dice, at, edge)
+                    nursery.start_soon(work, history, dice, edge, last)
+                if dice.random() < 0.5:
+                    nursery.start_soon(history.grow, len(current) + dice.randrange(1, 40) * SECTOR)
+        for _ in range(CUTS):
+            cut = dice.randrange(len(storage.log) + 1)
+            left = after_power_cut(storage.before, storage.log[:cut], dice)
+            history.check(cut, judge(left, bytes(base)).content)
+        assert (await check_image(MemoryStorage(left, writable=False), repair=False)).consistent
+        content = left
