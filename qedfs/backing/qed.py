@@ -48,7 +48,7 @@ class PageCache:
         self._loading: dict[tuple[object, int], trio.Event] = {}
 
     async def get(self, owner: object, offset: int, load: Callable[[], Awaitable[Page]]) -> Page:
-        """Return the page of `owner` at file offset `offset`, loaded once however many ask.
+        """Return the page of `owner` (anything hashable) at file offset `offset`, loaded once however many ask.
 
         If the load fails or is cancelled, those who waited for it try by themselves.
         """
@@ -186,8 +186,8 @@ class QedSource(Source):
         """Return the page of the table at offset `table` that holds entry `index`, and the entry's index there."""
         number, index_in_page = divmod(index, self._page_bytes // 8)
         offset = table + number * self._page_bytes
-        # A page of L1 may, in a hostile image, be a page of an L2 table too; it is judged as the one it was read for.
-        return await self._pages.get((self, load), offset, lambda: load(offset)), index_in_page
+        # `load` is bound to this layer and tells L1 from L2: in a hostile image one page may be part of both.
+        return await self._pages.get(load, offset, lambda: load(offset)), index_in_page
 
     async def _load_l1(self, offset: int) -> Page:
         return Page(await self._read_entries(offset), False)

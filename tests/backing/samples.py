@@ -55,11 +55,13 @@ def make_chain(folder: Path) -> Path:
 @contextmanager
 def served_by_nbdkit(socket: Path, *arguments: object) -> Iterator[str]:
     """Run nbdkit on a unix socket until the end of the block; the address comes out."""
-    command = ["nbdkit", "--foreground", "--readonly", "--unix", str(socket), *map(str, arguments)]
+    ready = socket.with_suffix(".pid")  # written when it listens; the socket itself is there a little earlier
+    options = ["--foreground", "--readonly", "--pidfile", str(ready), "--unix", str(socket)]
+    command = ["nbdkit", *options, *map(str, arguments)]
     with subprocess.Popen(command) as server:
         try:
             until = time.monotonic() + 20
-            while not socket.exists():
+            while not ready.exists():
                 assert server.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.01)

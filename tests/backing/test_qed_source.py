@@ -393,6 +393,25 @@ async def test_neighbouring_clusters_are_one_request(tmp_path: Path) -> None:
     assert [length for _, length in file.reads] == [MIB]
 
 
+async def test_neighbours_under_different_tables_are_one_request() -> None:
+    image = fabricate(4 * KIB, 1, 4 * MIB, file_size=5 * MIB)
+    l1, first_l2, second_l2, data = (n * 4 * KIB for n in (1, 2, 3, 4))
+    struct.pack_into("<2Q", image, l1, first_l2, second_l2)
+    struct.pack_into("<1024Q", image, first_l2, *range(data, data + 4 * MIB, 4 * KIB))  # the two tables lie together
+    image[data:] = random_bytes(len(image) - data)
+    file = MemorySource(image)
+    source = await as_qed(file)
+    await read(source, 0, 4 * MIB)
+    assert [length for _, length in file.reads[-3:]] == [4 * KIB, 4 * KIB, 4 * MIB]
+
+
+async def test_past_the_end_of_a_short_backing_an_image_promises_zeros(tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(random_bytes(100 * KIB))
+    async with opened(make_qed(tmp_path / "i.qed", "-b", "base.raw", "-F", "raw", "1M")) as source:
+        assert await source.extents(0, MIB) == [Extent(100 * KIB, False), Extent(924 * KIB, True)]
+        assert await source.extents(512 * KIB, 4 * KIB) == [Extent(4 * KIB, True)]
+
+
 async def test_the_pages_of_a_chain_stay_within_their_budget() -> None:
     file = MemorySource(fabricate(1 << 16, 4, 1 << 40, file_size=1 << 20))
     struct.pack_into("<512Q", file.content, 1 << 16, *[0x50000] * 512)  # 512 L1 entries, one and the same L2 table

@@ -167,6 +167,23 @@ async def test_a_backing_that_returns_is_used_again(
     assert backing.statistics().last_error == "fake: away"
 
 
+async def test_after_a_success_pauses_begin_short_again(
+    server: FakeServer, backing: Backing, autojump_clock: trio.testing.MockClock
+) -> None:
+    for _ in range(2):
+        server.failure = away()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, backing)
+            await trio.sleep(20)
+            server.failure = None
+    server.opened_at.clear()
+    server.failure = away()
+    start = trio.current_time()
+    with trio.move_on_after(1):
+        await read(backing)
+    assert server.opened_at[0] - start == pytest.approx(0.2)  # 0.1 on the old source, 0.1 before the new one
+
+
 async def test_a_waiter_that_leaves_hands_the_connecting_to_the_next(
     server: FakeServer, backing: Backing, autojump_clock: trio.testing.MockClock
 ) -> None:
