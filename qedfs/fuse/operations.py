@@ -23,8 +23,11 @@ from qedfs.tree.tree import ROOT, Status, Tree
 
 _ENTRY_TIMEOUT = 300.0
 """Seconds; a leaf that goes away is invalidated by name."""
-_ATTR_TIMEOUT = 1.0
-"""Seconds after which `stat` sees progress in st_blocks. Not 0: the kernel would then ask before each read and write."""
+_ATTR_TIMEOUT = 10.0
+"""Seconds after which `stat` of a file that nobody reads or writes sees progress in st_blocks.
+
+Not 0: the kernel would ask before each read and write. Not 1: when the time is over, writes in flight keep the kernel
+from believing the answer, so it asks again and again (one GETATTR per three writes at queue depth 16)."""
 
 _DIRECTORY_HANDLE = 0
 
@@ -72,11 +75,15 @@ class Operations(pyfuse3.Operations):
             await disk.write(off, buf)
         return len(buf)
 
-    @answered
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        # The kernel asks for this before every write. ENOSYS would stop it, but for all attributes of the mount.
+        # The kernel asks for this before every write, so the answer does not even pass the boundary.
+        # ENOSYS would stop the question, but for all attributes of the mount.
         if name == b"security.capability":
             raise pyfuse3.FUSEError(errno.ENODATA)
+        return await self._read_attribute(inode, name)
+
+    @answered
+    async def _read_attribute(self, inode: int, name: bytes) -> bytes:
         return await self._tree.read_attribute(inode, name)
 
     # --- handles ------------------------------------------------------------------------------------------------
