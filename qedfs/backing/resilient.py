@@ -93,6 +93,7 @@ class Backing:
         self._not_before = -float("inf")
         self._attempts: set[trio.CancelScope] = set()
         self._owing_since: float | None = None
+        self._extended_at = -float("inf")
         self._successes = 0
         self._bytes_read = 0
         self._last_error = ""
@@ -226,9 +227,9 @@ class Backing:
     async def _connect(self) -> None:
         """Make one attempt, after the pause that is due. Its outcome is in the state."""
         done = self._connecting = trio.Event()
-        generation = self._generation
         try:
             await self._pause(self._not_before - trio.current_time())
+            generation = self._generation
             if self._closed.is_set():
                 return
             source = await self._attempt(self._opener)
@@ -286,7 +287,8 @@ class Backing:
         self._failures = 0
         self._state = BackingState.HEALTHY
         # The others' time begins anew: what answers is alive. Not at each answer, for there may be many.
-        if self._attempts and self._owing_since is not None and now - self._owing_since > self._stall / 30:
+        if now - self._extended_at > self._stall / 30:
+            self._extended_at = now
             for attempt in self._attempts:
                 attempt.deadline = now + self._stall
         self._owing_since = now if self._attempts else None

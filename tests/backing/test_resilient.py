@@ -282,10 +282,11 @@ async def test_a_slow_request_lives_while_others_are_answered(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(read, backing, 16)
         for _ in range(100):
-            await trio.sleep(1)
+            await trio.sleep(0.7)
             await read(backing)
         slow.set()
     assert len(server.opened_at) == 1
+    assert server.reads == 101, "it is not asked again"
 
 
 async def test_an_opener_that_hangs_is_asked_again(autojump_clock: trio.testing.MockClock) -> None:
@@ -408,6 +409,27 @@ async def test_reset_repeats_the_reads_under_way_on_the_new_source(server: FakeS
         await backing.reset()
     assert answers == [CONTENT[:16]]
     assert len(server.sources) == 2
+
+
+async def test_a_source_whose_opening_began_before_a_reset_is_not_used(server: FakeServer) -> None:
+    gate = trio.Event()
+
+    async def stubborn() -> Source:
+        with trio.CancelScope(shield=True):
+            source = await server.open()
+            await gate.wait()
+            return source
+
+    backing = Backing(stubborn, name="x")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, backing)
+        await trio.testing.wait_all_tasks_blocked()
+        await backing.reset()
+        server.identity = Identity(1024, "etag:2")
+        gate.set()
+    assert await backing.size() == 1024
+    assert [source.closed.is_set() for source in server.sources] == [True, False]
+    assert backing.statistics().last_error == ""
 
 
 @pytest.mark.parametrize("where", ["read", "pause", "open"])
