@@ -418,7 +418,7 @@ async def test_a_source_whose_opening_began_before_a_reset_is_not_used(server: F
         with trio.CancelScope(shield=True):
             source = await server.open()
             await gate.wait()
-            return source
+        return source
 
     backing = Backing(stubborn, name="x")
     async with trio.open_nursery() as nursery:
