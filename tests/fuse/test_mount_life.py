@@ -196,14 +196,11 @@ def test_a_removed_leaf_is_served_until_the_last_close(mount: Mount) -> None:
     assert mounted.answer() == "closed"
 
 
+AS_NOBODY = ("setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups")
+
+
 def as_nobody(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups", *command],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    return subprocess.run([*AS_NOBODY, *command], capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def reachable(mounted: Mounted) -> Mounted:
@@ -238,6 +235,37 @@ def test_with_allow_other_the_mode_of_the_disk_decides(mount: Mount) -> None:
         assert (as_nobody("dd", "if=/dev/zero", f"of={file}", "count=1", "conv=notrunc").returncode == 0) is may_write
         assert (as_nobody(*set_mode, file).returncode == 0) is may_write
         assert os.getxattr(file, "user.qedfs.mode") == (b"cow" if may_write else b"cor")
+
+
+OPEN_FUSE = 'mknod "$0" c 10 229 && chmod 666 "$0" && mount --bind "$0" /dev/fuse && exec "$@"'
+"""Lets ordinary users mount, for the command that follows alone: not every machine gives them /dev/fuse."""
+
+
+def test_an_ordinary_user_mounts_and_unmounts(tmp_path: Path) -> None:
+    """Through fusermount3, which also tells that the mount is busy."""
+    point = tmp_path / "mount"
+    point.mkdir()
+    os.chown(point, NOBODY, NOBODY)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    namespace = ("unshare", "--mount", "sh", "-c", OPEN_FUSE, str(tmp_path / "device"))
+    mounted = Mounted(point, {"disks": [{"name": "vm.raw"}], "user": NOBODY}, namespace)
+    try:
+        assert mounted.answer() == "ready", mounted.log
+        inside = ("nsenter", "--mount", f"--target={mounted.process.pid}", *AS_NOBODY)
+        reader = "import sys, time; file = open(sys.argv[1]); print(len(file.read()), flush=True); time.sleep(60)"
+        with subprocess.Popen(
+            [*inside, "/usr/bin/python3", "-c", reader, str(mounted.file())], stdout=subprocess.PIPE
+        ) as holder:
+            assert holder.stdout
+            assert holder.stdout.readline() == b"1048576\n"
+            assert mounted.ask("unmount") == [f"python3 (pid {holder.pid})"]
+            holder.kill()
+        mounted.send("unmount")
+        mounted.process.wait(PATIENCE)
+        assert mounted.process.returncode == 0
+    finally:
+        mounted.end()
 
 
 @pytest.mark.parametrize("options", ["", "direct_io=on"], ids=["background", "foreground"])
