@@ -17,7 +17,7 @@ from qedfs.backing.policy import Policy
 from qedfs.backing.resilient import Backing
 from qedfs.config import MountOptions
 from qedfs.disk.disk import Disk, open_disk
-from qedfs.errors import LeafError, ReadOnly
+from qedfs.errors import BackingChanged, LeafError, ReadOnly
 from qedfs.image.image import Image, open_image
 from qedfs.image.record import Pin, hash_name, short_tag
 from qedfs.image.storage import FileStorage, open_storage
@@ -109,7 +109,10 @@ async def _meet(image: Image, backing: Backing, *, trust: bool) -> None:
     """Find out whether the backing is the right one, and remember what it is at the first writable mount."""
     identity: Identity | None = None
     with trio.move_on_after(PATIENCE):
-        identity = await backing.identity()
+        try:
+            identity = await backing.identity()
+        except BackingChanged as error:
+            raise BackingChanged(error.what, f"{error.why} (accepted by '-o trust_backing')") from error
     if identity is None:
         why = backing.statistics().last_error or f"{backing.name}: does not answer"
         log.warning("%s; until it is reached only what is local can be read", why)

@@ -70,7 +70,7 @@ class Roster:
         name = raw_name(path)
         # No await from looking for the name to taking it.
         if name in self._served:
-            raise UsageError(path, f"would be called {name}, as {self._served[name].path} is already")
+            raise UsageError(path, f"would be called {name}, as {self._served[name].path} is")
         served = self._served[name] = _Served(path, name, FileId(status.st_dev, status.st_ino))
         try:
             await self._nursery.start(self._keep, served, status)

@@ -66,7 +66,8 @@ def choose(entries: Iterable[Entry], served: Collection[FileId], refused: Collec
 
     An image that another one uses as backing is none, unless it is `served` already: then the newcomer is refused.
     Images that are `refused` (they could not be opened) do not count as users. A circle of images that no leaf leads
-    into is made of leaves: opening them tells what is wrong.
+    into is made of leaves: opening them tells what is wrong. Of two that would have one name in the mount the served one
+    stays, else the first.
     """
     images = {entry.id: entry for entry in entries if entry.is_qed}
     over_a_leaf = {
@@ -82,11 +83,17 @@ def choose(entries: Iterable[Entry], served: Collection[FileId], refused: Collec
         while below in images and below not in backings and below != head.id:
             backings.add(below)
             below = images[below].backing
-    leaves = [i for i in images.values() if i.id in served or not (i.id in backings or i.id in over_a_leaf)]
-    return Choice(
-        leaves=sorted(leaves, key=lambda image: image.path),
-        refused=[(images[i], "its backing is a leaf of this mount") for i in sorted(over_a_leaf)],
-    )
+    leaves: dict[str, Entry] = {}
+    turned_down = [(images[i], "its backing is a leaf of this mount") for i in sorted(over_a_leaf)]
+    for image in sorted(images.values(), key=lambda image: (image.id not in served, image.id in refused, image.path)):
+        name = raw_name(image.path)
+        if image.id not in served and (image.id in backings or image.id in over_a_leaf):
+            continue
+        if name in leaves:
+            turned_down.append((image, f"would be called {name}, as {leaves[name].path} is"))
+        else:
+            leaves[name] = image
+    return Choice(sorted(leaves.values(), key=lambda image: image.path), turned_down)
 
 
 def scan(folder: int, path: str, mountpoint: str, known: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -209,6 +209,10 @@ def test_read_only_mount_writes_nothing(place: Place) -> None:
     assert leaf.read_bytes() == before
 
 
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make mounts for a test")
+
+
+@needs_root
 def test_leaf_that_cannot_be_written_is_served_read_only(place: Place) -> None:
     # Root may write what has no permission bits; an immutable mount of the folder stops it too.
     leaf = place.leaf("images/vm.qed")
@@ -467,6 +471,17 @@ def test_refused_file_is_tried_again_when_it_changes(place: Place) -> None:
     place.unmount()
 
 
+def test_second_leaf_of_the_same_name_is_refused_and_listed(place: Place) -> None:
+    place.leaf("images/vm")
+    place.leaf("images/vm.qed")
+    assert place.try_mount("images").returncode == 0
+    assert os.listdir(place.mnt) == ["vm.raw"]
+    images = place.images
+    assert place.status()["leaves"] == [{"name": "vm.raw", "path": f"{images}/vm"}]
+    assert place.status()["refused"][0]["reason"] == f"{images}/vm.qed: would be called vm.raw, as {images}/vm is"
+    place.unmount()
+
+
 def test_newcomer_over_a_served_leaf_is_refused_and_listed(place: Place) -> None:
     place.leaf("images/vm.qed")
     place.mount("images")
@@ -591,6 +606,54 @@ def test_log_file_tells_the_story(place: Place) -> None:
     ]
 
 
+# --- users and namespaces ---------------------------------------------------------------------------------------------
+
+# An ordinary user who may, other than such users, read the interpreter wherever it is installed.
+_AS_USER = (
+    "setpriv --reuid=1000 --regid=1000 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
+)
+_OPEN_FUSE = "mount -t tmpfs none /mnt && mknod -m 666 /mnt/fuse c 10 229 && mount --bind /mnt/fuse /dev/fuse"
+_NO_FUSE = "mount -t tmpfs none /mnt && mknod /mnt/null c 1 3 && mknod /mnt/urandom c 1 9 && mount --bind /mnt /dev"
+
+
+def in_namespace(script: str) -> Finished:
+    """Run a shell script whose mounts nobody else sees; in it AS_USER and QEDFS stand for these commands."""
+    return run("unshare", "-m", "sh", "-ec", script.replace("AS_USER", _AS_USER).replace("QEDFS", " ".join(QEDFS)))
+
+
+@needs_root
+def test_missing_fuse_device_is_one_line(place: Place) -> None:
+    done = in_namespace(f"{_NO_FUSE}; QEDFS mount {place.leaf('x.qed')} {place.mnt}")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "qedfs: /dev/fuse: does not exist (is the kernel module fuse loaded?)\n",
+    )
+
+
+@needs_root
+def test_ordinary_user_mounts_reads_and_unmounts(place: Place) -> None:
+    leaf = place.leaf("vm.qed")
+    for path in (place.folder, place.mnt, place.base, leaf):
+        os.chown(path, 1000, 1000)
+    done = in_namespace(
+        f"{_OPEN_FUSE}; AS_USER mkdir /mnt/m; AS_USER QEDFS mount --log-file {place.log} {leaf} /mnt/m; "
+        f"AS_USER cmp /mnt/m/vm.raw {place.base}; AS_USER QEDFS unmount /mnt/m"
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert done.returncode == 0
+    qemu_img("check", "-q", leaf)
+
+
+@needs_root
+def test_user_who_may_not_mount_is_told_why(place: Place) -> None:
+    leaf = place.leaf("vm.qed")
+    for path in (place.folder, place.mnt, place.base, leaf):
+        os.chown(path, 1000, 1000)
+    done = in_namespace(f"chmod 600 /dev/fuse; AS_USER QEDFS mount {leaf} {place.mnt}")
+    assert done.returncode == 1
+    assert done.stderr == f"qedfs: {place.mnt}: failed to open /dev/fuse: Permission denied\n"
+
+
 # --- pins -------------------------------------------------------------------------------------------------------------
 
 
@@ -604,6 +667,7 @@ def test_backing_that_changed_is_refused_until_it_is_trusted(place: Place) -> No
     done = place.try_mount(leaf)
     assert done.returncode == 1
     assert "is not what the image was made on" in done.stderr
+    assert "trust_backing" in done.stderr
     place.mount("-o", "trust_backing", leaf)
     place.unmount()
     place.mount(leaf)

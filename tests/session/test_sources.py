@@ -77,6 +77,15 @@ def test_circle_below_a_leaf_is_not_followed_for_ever() -> None:
     assert _names(choose(images, [], []).leaves) == ["leaf"]
 
 
+def test_of_two_with_one_name_the_served_one_stays_else_the_first() -> None:
+    images = [_image("vm", 1), _image("vm.qed", 2)]
+    assert _names(choose(images, [], []).leaves) == ["vm"]
+    choice = choose(images, [FileId(1, 2)], [])
+    assert _names(choice.leaves) == ["vm.qed"]
+    assert [reason for _, reason in choice.refused] == ["would be called vm.raw, as /d/vm.qed is"]
+    assert _names(choose(images, [], [FileId(1, 1)]).leaves) == ["vm.qed"]
+
+
 def _make(path: Path, *backing: str) -> None:
     base = ["-b", backing[0], "-F", "raw"] if backing else []
     subprocess.run(["qemu-img", "create", "-q", "-f", "qed", *base, path, "1M"], check=True, timeout=30)
