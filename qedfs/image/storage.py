@@ -263,7 +263,8 @@ async def create_storage(path: str) -> FileStorage:
 
     def create() -> int:
         try:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            # 0644 whatever the umask allows: an image that others may write is not trusted to name a backing.
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise InvalidImage(path, f"cannot be created ({os.strerror(error.errno or 0)})") from error
 
