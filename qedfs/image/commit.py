@@ -119,6 +119,10 @@ class Committer:
             await self._run(batch)
         except QedfsError as error:
             batch.error = error
+        except BaseException as error:
+            # A defect, raised here; those who share the batch must not take it for written.
+            batch.error = LeafError(self._storage.name, f"the commit was cut short by a defect ({error!r})")
+            raise
         finally:
             self._running = None
             batch.ended.set()
