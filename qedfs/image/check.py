@@ -25,15 +25,11 @@ import numpy.typing as npt
 from qedfs.errors import InvalidImage, LeafError
 from qedfs.image import header as headers
 from qedfs.image.clusters import MAX_CLUSTERS, ClusterMap
-from qedfs.image.geometry import SECTOR
+from qedfs.image.geometry import MAX_TABLES, SECTOR
 from qedfs.image.header import Feature, Header
+from qedfs.image.sparse import Entries, pieces, with_data
 from qedfs.image.storage import Storage
 from qedfs.image.tables import ZERO
-
-PIECE = 1 << 20
-"""Bytes of a table that are read and judged at once."""
-
-Entries = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -109,43 +105,23 @@ class _Scan:
     """References to clusters that are referenced already."""
     unreadable: int = 0
 
-    async def l1(self) -> AsyncGenerator[tuple[int, Entries], None]:
+    def l1(self) -> AsyncGenerator[tuple[int, Entries], None]:
         """Yield the pieces of L1 that may hold anything, with their offsets in the file."""
-        offset, end = self.header.l1_table_offset, self.header.l1_table_offset + self.header.geometry.table_bytes
-        while offset < end:
-            offset, entries = await self._piece(offset, end)
-            if entries.size:
-                yield offset, entries
-            offset += entries.nbytes
+        start = self.header.l1_table_offset
+        return pieces(self.storage, start, start + self.header.geometry.table_bytes)
 
     async def pieces(self) -> AsyncGenerator[_Piece, None]:
         """Yield the pieces of all L2 tables that may hold anything. A table that cannot be read is counted and left."""
-        start = end = 0  # data of the file, the newest range asked for
         for table in map(int, self.tables):
-            if end <= table:
-                start, end = await self.storage.next_data(table)
-            if table + self.header.geometry.table_bytes <= start:
-                continue
             before = 0
-            offset = table
-            while offset < table + self.header.geometry.table_bytes:
-                try:
-                    offset, entries = await self._piece(offset, table + self.header.geometry.table_bytes)
-                except LeafError:
-                    self.unreadable += 1
-                    break
-                if entries.size:
-                    yield _Piece(offset, entries, before)
-                    data = entries[entries > ZERO]
-                    before = int(data[-1]) if data.size else before
-                offset += entries.nbytes
-
-    async def _piece(self, offset: int, end: int) -> tuple[int, Entries]:
-        """Read the first piece of `[offset, end)` that may hold anything; without one, none at `end`."""
-        data, _ = await self.storage.next_data(offset)
-        offset = min(max(offset, data // SECTOR * SECTOR), end)
-        piece = await self.storage.read(offset, min(PIECE, end - offset))
-        return offset, np.frombuffer(piece, dtype=np.uint64)
+            try:
+                async with aclosing(pieces(self.storage, table, table + self.header.geometry.table_bytes)) as found:
+                    async for offset, entries in found:
+                        yield _Piece(offset, entries, before)
+                        data = entries[entries > ZERO]
+                        before = int(data[-1]) if data.size else before
+            except LeafError:
+                self.unreadable += 1
 
     def table_offsets_invalid(self, entries: Entries) -> npt.NDArray[np.bool_]:
         """Say of each L1 entry whether it names no valid table."""
@@ -170,18 +146,13 @@ class _Scan:
         """
         geometry = self.header.geometry
         repeated = 0
-        for first in range(0, tables.size, PIECE // 8):
-            for inside in range(0, geometry.table_bytes, geometry.cluster_size):
-                repeated += self.clusters.mark(tables[first : first + PIECE // 8] + np.uint64(inside))
+        for inside in range(0, geometry.table_bytes, geometry.cluster_size):
+            repeated += self.clusters.mark(tables + np.uint64(inside))
         if not repeated:
             return tables
         self.shared += repeated
-        alone = np.ones(tables.size, dtype=np.bool_)
-        for first in range(0, tables.size - 1, PIECE // 8):
-            piece = tables[first : first + PIECE // 8 + 1]
-            apart = np.diff(piece) >= geometry.table_bytes
-            alone[first : first + apart.size] &= apart
-            alone[first + 1 : first + 1 + apart.size] &= apart
+        apart = np.diff(tables) >= geometry.table_bytes
+        alone = np.concatenate(([True], apart)) & np.concatenate((apart, [True]))
         l1 = self.header.l1_table_offset
         near = slice(*np.searchsorted(tables, (max(0, l1 - geometry.table_bytes + 1), l1 + geometry.table_bytes)))
         alone[near] = False
@@ -205,18 +176,20 @@ async def _scan(storage: Storage, header: Header) -> _Scan:
     clusters = ClusterMap(geometry, header.room, usable)
     scan = _Scan(storage, header, usable, clusters, np.zeros(0, dtype=np.uint64))
     scan.mark_tables(np.array([header.l1_table_offset], dtype=np.uint64))
-    tables = np.empty(geometry.table_entries, dtype=np.uint64)
-    count = 0
-    async for _, entries in scan.l1():
-        invalid = scan.table_offsets_invalid(entries)
-        scan.invalid += int(np.count_nonzero(invalid))
-        valid = entries[(entries != 0) & ~invalid]
-        tables[count : count + valid.size] = valid
-        count += valid.size
-    tables = tables[:count]
-    tables.sort()
+    tables, uses = scan.tables, np.zeros(0, dtype=np.int64)
+    async with aclosing(scan.l1()) as l1:
+        async for _, entries in l1:
+            invalid = scan.table_offsets_invalid(entries)
+            scan.invalid += int(np.count_nonzero(invalid))
+            tables, uses = _tally(tables, uses, entries[(entries != 0) & ~invalid])
+            if tables.size > MAX_TABLES:
+                raise InvalidImage(storage.name, f"its L1 table names more than {MAX_TABLES} tables; too many to check")
+    scan.shared += int(np.sum(uses - 1)) * geometry.table_clusters
     # All tables come before all data: a data entry that names a table is then the one that is in the wrong.
-    scan.tables = scan.mark_tables(tables)
+    alone = scan.mark_tables(tables)
+    # One that is named twice is not looked into either.
+    alone = np.setdiff1d(alone, tables[uses > 1], assume_unique=True)
+    scan.tables = alone[await with_data(storage, alone, geometry.table_bytes)]
     async for piece in scan.pieces():
         data = piece.entries[piece.entries > ZERO]
         if not data.size:
@@ -228,6 +201,15 @@ async def _scan(storage: Storage, header: Header) -> _Scan:
         scan.invalid += int(np.count_nonzero(invalid))
         scan.shared += clusters.mark(data[~invalid])
     return scan
+
+
+def _tally(offsets: Entries, uses: npt.NDArray[np.int64], more: Entries) -> tuple[Entries, npt.NDArray[np.int64]]:
+    """Return the offsets seen so far (ascending, each once) and how often, with `more` of them (any order) added."""
+    distinct, counts = np.unique(more, return_counts=True)
+    both, places = np.unique(np.concatenate((offsets, distinct)), return_inverse=True)
+    sums = np.zeros(both.size, dtype=np.int64)
+    np.add.at(sums, places, np.concatenate((uses, counts)))
+    return both, sums
 
 
 async def _result(scan: _Scan) -> CheckResult:

@@ -39,7 +39,9 @@ class ClusterMap:
 
     def mark(self, offsets: npt.NDArray[np.uint64]) -> int:
         """Note valid cluster offsets as referenced; return how many of them were referenced before, or are repeated."""
-        clusters = np.unique(offsets >> self._shift)
+        clusters = offsets >> self._shift
+        if np.any(clusters[1:] <= clusters[:-1]):
+            clusters = np.unique(clusters)
         places = (clusters >> np.uint64(3)).astype(np.intp)
         bits = np.left_shift(np.uint8(1), (clusters & np.uint64(7)).astype(np.uint8))
         taken = int(np.count_nonzero(self._bits[places] & bits))

@@ -16,6 +16,9 @@ MIN_TABLE_CLUSTERS, MAX_TABLE_CLUSTERS = 1, 16
 DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_CLUSTERS = 1 << 16, 4
 MAX_TABLE_BYTES = 64 << 20
 """Of one table. The format allows 1 GiB, which nobody uses and which would have to be in memory at once."""
+MAX_TABLES = 1 << 17
+"""Of L2 tables that one L1 table may name. As many as one of 1 MiB has entries; with larger tables that is 4 PiB of disk
+at least, while a hostile L1 could name millions."""
 MAX_IMAGE_SIZE = (1 << 63) - SECTOR
 """Bytes: what a signed file offset can address, in whole sectors."""
 

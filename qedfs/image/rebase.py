@@ -6,6 +6,7 @@ both pins first, the new name is written where the old one is not, and one write
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from dataclasses import replace
 
 import trio
@@ -99,12 +100,14 @@ async def _refuse_while_needed(image: Image) -> None:
     pin = image.record.pin_of(image.backing_name)
     # Past the end of the backing there is nothing that it could be needed for.
     end = min(image.header.image_size, pin.size) if pin else image.header.image_size
-    pos = 0
-    while pos < end:
-        run = await image.run(pos, end - pos)
-        if run.state is State.BACKING:
-            raise UsageError(image.storage.name, f"still needs its backing (from byte {pos} on); stream it first")
-        pos += run.length
+    async with aclosing(image.stored_runs()) as runs:
+        async for run in runs:
+            if run.pos >= end:
+                return
+            if run.state is State.BACKING:
+                raise UsageError(
+                    image.storage.name, f"still needs its backing (from byte {run.pos} on); stream it first"
+                )
 
 
 async def _store(image: Image, record: Record) -> bool:

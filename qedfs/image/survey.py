@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import numpy.typing as npt
 
+from qedfs.image.clusters import MAX_CLUSTERS, ClusterMap
 from qedfs.image.geometry import Geometry
-from qedfs.image.tables import ZERO, Counts, as_array, count
+from qedfs.image.tables import ZERO, Counts, count
 
-MAX_MAP_CLUSTERS = 64 << 20
-"""Of the map of used clusters, a byte each. A file with more of them keeps its leaks."""
-_CHUNK = 1 << 17
-"""Entries judged at once, so that the largest tables cost no more memory than themselves."""
+MAX_FREE = 1 << 16
+"""Ranges of free clusters that are told; more of them stay leaked until a check or the next mount."""
+MAX_DANGLING = 1 << 16
+"""Ranges of clusters that invalid entries name, remembered one by one; where there are more, the gaps count as named."""
 
 
 class Survey:
@@ -24,11 +27,11 @@ class Survey:
         self._geometry = geometry
         self._room = room
         self._usable = usable
-        self._dangling: list[npt.NDArray[np.uint64]] = []
-        self._used: npt.NDArray[np.bool_] | None = None
-        if usable // geometry.cluster_size <= MAX_MAP_CLUSTERS:
-            self._used = np.zeros(usable // geometry.cluster_size, dtype=np.bool_)
-            self._used[: room // geometry.cluster_size] = True
+        self._dangling = np.zeros((0, 2), dtype=np.uint64)
+        """Ranges of cluster numbers, first and last, ascending."""
+        self._used: ClusterMap | None = None
+        if usable // geometry.cluster_size <= MAX_CLUSTERS:
+            self._used = ClusterMap(geometry, room, usable)
         self.trusted = True
         """No corruption and no read error was met: what no entry names may be given out again."""
         self.invalid = 0
@@ -36,30 +39,44 @@ class Survey:
         self.counts = Counts()
         """Of the disk's clusters."""
 
-    def see_l1(self, entries: memoryview) -> None:
-        """Note the L1 entries that name no valid table."""
-        array = as_array(entries)
-        named = array[array != 0]
-        bad = (named < self._room) | (named + np.uint64(self._geometry.table_bytes) > self._usable)
-        bad |= named >= self._usable  # where the sum above wraps
-        for clusters in range(self._geometry.table_clusters):
-            self._dangling.append(named[bad] + np.uint64(clusters * self._geometry.cluster_size))
+    def see_l1(self, entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Note the L1 entries that name no valid table; return the offsets of the valid ones, ascending, each once."""
+        geometry = self._geometry
+        named = entries[entries != 0]
+        bad = (named < self._room) | (named & np.uint64(geometry.cluster_size - 1) != 0)
+        bad |= named > max(0, self._usable - geometry.table_bytes)
+        for inside in range(0, geometry.table_bytes, geometry.cluster_size):
+            self._note_dangling(named[bad] + np.uint64(inside))
+        tables = np.unique(named[~bad])
+        # One table with two names, or an entry that is none: to free or cut on this ground could lose data.
+        self.trusted &= tables.size == named.size
+        for inside in range(0, geometry.table_bytes, geometry.cluster_size):
+            self._mark(tables + np.uint64(inside))
+        return tables
 
     def see_table(self, offset: int) -> None:
-        """Note the clusters of a table (L1 or L2)."""
+        """Note the clusters of the L1 table."""
         size = self._geometry.cluster_size
         self._mark(np.arange(offset, offset + self._geometry.table_bytes, size, dtype=np.uint64))
 
-    def see_entries(self, entries: memoryview, inside: int, *, repairing: bool) -> npt.NDArray[np.intp]:
-        """Note what an L2 table names and return the places of its invalid entries.
+    def see_entries(self, entries: npt.NDArray[np.uint64], inside: int, *, repairing: bool) -> npt.NDArray[np.intp]:
+        """Note what a piece of an L2 table names and return the places of its invalid entries.
 
         The first `inside` entries (any number) are of clusters of the disk; those past its end may exist and do not
         count. With `repairing` the caller sets the invalid entries to unallocated.
         """
-        array = as_array(entries)
-        invalid = [self._see_chunk(array[i : i + _CHUNK], repairing) + i for i in range(0, len(array), _CHUNK)]
-        places = np.concatenate(invalid)
-        counts = count(entries[: max(0, min(inside, len(entries)))])
+        places: npt.NDArray[np.intp] = np.flatnonzero(entries > ZERO)
+        data = entries[places]
+        bad = (data & np.uint64(self._geometry.cluster_size - 1)) != 0
+        bad |= (data < self._room) | (data >= self._usable)
+        places = places[bad]
+        if places.size:
+            self.invalid += places.size
+            self.trusted = False
+            if not repairing:
+                self._note_dangling(data[bad])
+        self._mark(data[~bad])
+        counts = count(entries[: max(0, inside)].data)
         repaired = int(np.count_nonzero(places < inside)) if repairing else 0
         self.counts = Counts(self.counts.data + counts.data - repaired, self.counts.zero + counts.zero)
         return places
@@ -68,44 +85,32 @@ class Survey:
         """Return `(offset, length)` of what no entry names, ascending; nothing where that cannot be trusted."""
         if self._used is None or not self.trusted:
             return []
-        edges = np.flatnonzero(np.diff(self._used, prepend=True, append=True))
-        size = self._geometry.cluster_size
-        return [(int(start) * size, int(end - start) * size) for start, end in edges.reshape(-1, 2)]
+        return list(islice(self._used.free(), MAX_FREE))
 
     def dangling(self) -> list[tuple[int, int]]:
         """Return `(offset, end)` of the clusters past the end of the file that invalid entries name, ascending."""
-        if not self._dangling:
-            return []
-        size = np.uint64(self._geometry.cluster_size)
-        clusters = np.unique(np.concatenate(self._dangling) // size)
-        clusters = clusters[clusters >= np.uint64(self._usable) // size]
-        if not clusters.size:
-            return []
-        gaps = np.flatnonzero(np.diff(clusters) != 1)
-        starts, ends = clusters[np.append(0, gaps + 1)], clusters[np.append(gaps, clusters.size - 1)]
-        return [(int(a) * int(size), (int(b) + 1) * int(size)) for a, b in zip(starts, ends, strict=True)]
+        size = self._geometry.cluster_size
+        return [(first * size, (last + 1) * size) for first, last in self._dangling.tolist()]
 
-    def _see_chunk(self, array: npt.NDArray[np.uint64], repairing: bool) -> npt.NDArray[np.intp]:
-        places = np.flatnonzero(array > ZERO)
-        data = array[places]
-        misplaced = (data & np.uint64(self._geometry.cluster_size - 1)) != 0
-        bad = misplaced | (data < self._room) | (data >= self._usable)
-        if bad.any():
-            self.invalid += int(np.count_nonzero(bad))
-            self.trusted = False
-            if not repairing:
-                self._dangling.append(data[bad])
-            places, data = places[bad], data[~bad]
-        else:
-            places = places[:0]
-        self._mark(data)
-        return places
+    def _note_dangling(self, offsets: npt.NDArray[np.uint64]) -> None:
+        size = np.uint64(self._geometry.cluster_size)
+        clusters = np.unique(offsets[offsets >= self._usable] // size)
+        if clusters.size:
+            more = np.column_stack((clusters, clusters))
+            self._dangling = _joined(np.concatenate((self._dangling, more)), MAX_DANGLING)
 
     def _mark(self, offsets: npt.NDArray[np.uint64]) -> None:
-        if self._used is None or not offsets.size:
-            return
-        clusters = (offsets // np.uint64(self._geometry.cluster_size)).astype(np.intp)
-        ascending = bool(np.all(clusters[1:] > clusters[:-1]))
-        if self._used[clusters].any() or not (ascending or np.unique(clusters).size == clusters.size):
+        if self._used is not None and self._used.mark(offsets):
             self.trusted = False  # one cluster with two owners: to free or cut on this ground could lose data
-        self._used[clusters] = True
+
+
+def _joined(ranges: npt.NDArray[np.uint64], most: int) -> npt.NDArray[np.uint64]:
+    """Return ranges of numbers, first and last, that cover `ranges` (any order): ascending, apart, at most `most`."""
+    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
+    lasts = np.maximum.accumulate(ranges[:, 1])
+    gaps = np.maximum(ranges[1:, 0], lasts[:-1]) - lasts[:-1]  # 0 or 1: they touch
+    cuts = np.flatnonzero(gaps > 1)
+    if cuts.size >= most:
+        cuts = np.sort(cuts[np.argsort(gaps[cuts])[-(most - 1) :]])
+    starts, ends = np.append(0, cuts + 1), np.append(cuts, len(ranges) - 1)
+    return np.column_stack((ranges[starts, 0], lasts[ends]))

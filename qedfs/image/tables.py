@@ -7,6 +7,7 @@ counting, searching and judging whole tables go through numpy over the same buff
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -118,6 +119,20 @@ def run_length(entries: memoryview, index: int, end: int, cluster_size: int) -> 
     else:
         different = np.flatnonzero(array != np.uint64(first))
     return (int(different[0]) + i if different.size else end) - index
+
+
+def runs_of(entries: npt.NDArray[np.uint64], pos: int, cluster_size: int) -> Iterator[Run]:
+    """Yield the runs of sound L2 entries; the first is of the cluster at `pos` (bytes) of the disk."""
+    if not entries.size:
+        return
+    expected = entries[:-1] + np.where(entries[:-1] > ZERO, np.uint64(cluster_size), np.uint64(0))
+    edges = np.flatnonzero(entries[1:] != expected) + 1
+    first = 0
+    for end in (*edges.tolist(), entries.size):
+        entry = int(entries[first])
+        start, length = pos + first * cluster_size, (end - first) * cluster_size
+        yield Run(State.DATA, start, length, entry) if entry > ZERO else Run(State(entry), start, length)
+        first = end
 
 
 _CHUNK = 1 << 17

@@ -18,7 +18,7 @@ from qedfs.image.storage import FileStorage, Storage, open_storage
 from qedfs.image.tables import Counts
 from qedfs.report.sizes import exact_size_text, size_text
 
-COUNTING_TIME = 3.0
+COUNTING_TIME = 1.0
 """Seconds given to counting clusters; the largest images are shown without the counts."""
 MAX_LEVELS = 64
 

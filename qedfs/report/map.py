@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from typing import Any
 
 from qedfs.image.image import Image
@@ -21,17 +22,15 @@ async def joined_runs(image: Image) -> AsyncGenerator[Run, None]:
     Raises:
         CorruptEntry, LeafError: a table cannot be read or an entry is invalid; what came before is right.
     """
-    pos, size = 0, image.header.image_size
     before: Run | None = None
-    while pos < size:
-        run = await image.run(pos, size - pos)
-        pos += run.length
-        if before is not None and _continues(before, run):
-            before = before._replace(length=before.length + run.length)
-            continue
-        if before is not None:
-            yield before
-        before = run
+    async with aclosing(image.stored_runs()) as runs:
+        async for run in runs:
+            if before is not None and _continues(before, run):
+                before = before._replace(length=before.length + run.length)
+                continue
+            if before is not None:
+                yield before
+            before = run
     if before is not None:
         yield before
 
