@@ -45,7 +45,10 @@ class ClusterMap:
         places = (clusters >> np.uint64(3)).astype(np.intp)
         bits = np.left_shift(np.uint8(1), (clusters & np.uint64(7)).astype(np.uint8))
         taken = int(np.count_nonzero(self._bits[places] & bits))
-        np.bitwise_or.at(self._bits, places, bits)
+        if places.size:
+            # The bits of one byte are neighbours: joined first, as `bitwise_or.at` takes microseconds for each.
+            starts = np.flatnonzero(np.diff(places, prepend=-1))
+            self._bits[places[starts]] |= np.bitwise_or.reduceat(bits, starts)
         self._marked += clusters.size - taken
         return int(offsets.size - clusters.size + taken)
 
