@@ -17,6 +17,7 @@ import pyfuse3
 import trio
 
 from qedfs.config import DirectIO
+from qedfs.errors import LeafError
 from qedfs.fuse.boundary import answered
 from qedfs.tree.errors import NotPermitted
 from qedfs.tree.tree import ROOT, Status, Tree
@@ -137,8 +138,12 @@ class Operations(pyfuse3.Operations):
         answer.f_bsize = answer.f_frsize = 4096
         answer.f_namemax = 255
         if leaves := self._tree.leaves:
-            # In a thread: the leaf may lie on a network file system that does not answer.
-            of_leaf = await trio.to_thread.run_sync(os.statvfs, leaves[0].path, abandon_on_cancel=True)
+            path = leaves[0].path
+            try:
+                # In a thread: the leaf may lie on a network file system that does not answer.
+                of_leaf = await trio.to_thread.run_sync(os.statvfs, path, abandon_on_cancel=True)
+            except OSError as error:
+                raise LeafError(path, os.strerror(error.errno or errno.EIO)) from error
             for name in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail"):
                 setattr(answer, f"f_{name}", getattr(of_leaf, f"f_{name}"))
         return answer

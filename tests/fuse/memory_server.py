@@ -5,7 +5,8 @@
 JSON: `{"options": "-o text", "fsname": …, "disks": [{"name":, "size":, "mode":, "read_only":}], "user": uid}`. Commands, one a line:
 `journal` (what the disks were asked to do since the last time), `hold NAME` / `release NAME` (reads wait meanwhile), `waiting NAME` (how many do),
 `break NAME` (reads and writes meet a defect), `add NAME`, `remove NAME`, `closed NAME` (answers when the removed leaf is not in
-use any more), `unmount`, `lazy`. Each answers one line of JSON. Ends when it has been unmounted.
+use any more), `unmount`, `lazy`. Each answers one line of JSON. Ends when it has been unmounted,
+with a last line `{"ended": journal}`.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class Server:
     async def _serve(self, options: Any, scope: trio.CancelScope, task_status: trio.TaskStatus[None]) -> None:
         fsname = self.setup.get("fsname", "memory")
         await serve(self.tree, self.mountpoint, options, fsname=fsname, task_status=task_status)
-        answer("ended")
+        answer({"ended": self.journal})
         scope.cancel()
 
     async def _command(self, line: str) -> None:

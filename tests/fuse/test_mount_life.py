@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -116,8 +117,12 @@ def test_cached_writes_reach_the_disk_before_an_unmount(mount: Mount) -> None:
     mounted = mount()
     with open(mounted.file(), "r+b") as file:
         file.write(b"x" * 100_000)
+    # The file was closed, and written back by that; this one is not.
+    with open(mounted.file(), "r+b") as file, mmap.mmap(file.fileno(), MIB) as mapped:
+        mapped[500_000:500_001] = b"y"
     subprocess.run(["umount", str(mounted.path)], check=True, timeout=PATIENCE)
-    assert mounted.answer() == "ended"
+    journal = mounted.answer()["ended"]
+    assert sum(length for _, _, _, length in journal) == 26 * 4096
 
 
 def test_a_busy_mount_stays_and_its_holder_is_named(mount: Mount) -> None:
@@ -152,7 +157,7 @@ def test_a_lazy_unmount_serves_until_the_last_close(mount: Mount) -> None:
         file.write(b"still served")
         os.fsync(file.fileno())
         assert ["flush", "vm.raw"] in mounted.ask("journal")
-    assert mounted.answer() == "ended"
+    assert "ended" in mounted.answer()
     mounted.process.wait(PATIENCE)
 
 
