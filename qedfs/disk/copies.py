@@ -57,10 +57,9 @@ class Copies:
     async def copy(self, fetch: Fetch) -> None:
         """Put into the leaf what is still missing of a fetch that has ended well. Raises nothing that is expected."""
         try:
-            end = self._still_inside(fetch)
-            if not await self._has_room((end - fetch.first) * self._cluster_size):
+            if not await self._has_room((fetch.end - fetch.first) * self._cluster_size):
                 return
-            with self._claims.hold_unclaimed(fetch.first, end) as parts:
+            with self._claims.hold_unclaimed(fetch.first, self._still_inside(fetch)) as parts:
                 for first, stop in parts:
                     await self._copy_claimed(fetch, first, stop)
         except QedfsError as error:
