@@ -16,17 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from qedfs.errors import CorruptEntry, InvalidImage, LeafError, QedfsError
+from qedfs.errors import CorruptEntry, LeafError, QedfsError
 from qedfs.image import header as headers
 from qedfs.image import record as records
 from qedfs.image.allocator import Allocator, Extent
 from qedfs.image.cache import Table, TableCache
 from qedfs.image.commit import Committer
-from qedfs.image.geometry import MAX_TABLES, SECTOR
+from qedfs.image.geometry import SECTOR
 from qedfs.image.header import Feature, Header
 from qedfs.image.record import Damage, Record
-from qedfs.image.sparse import pieces, read_sparse, with_data
 from qedfs.image.storage import Storage
+from qedfs.image.stored import StoredTables, read_l1
 from qedfs.image.survey import Survey
 from qedfs.image.tables import (
     UNALLOCATED,
@@ -40,7 +40,6 @@ from qedfs.image.tables import (
     count,
     local_below,
     run_length,
-    runs_of,
 )
 
 CACHE_BYTES = 64 << 20
@@ -175,47 +174,22 @@ class Image:
         wanted = np.array(bounds, dtype=np.int64)
         total = np.zeros_like(wanted)
         cluster_size = self.geometry.cluster_size
-        for index in await self._held_tables():
+        stored = self.stored()
+        # A table in memory may hold more than the file does.
+        for index in {*await stored.in_order(), *(table.index for table in self.tables)}:
             below = wanted - index * self.geometry.span
             table = self.tables.get(index)
             if table is not None:
                 total += local_below(table.entries, below, cluster_size)
                 continue
-            async with aclosing(self._pieces_of(index)) as found:
+            async with aclosing(stored.pieces(index)) as found:
                 async for first, entries in found:
                     total += local_below(entries.data, below - first * cluster_size, cluster_size)
         return [int(n) for n in total]
 
-    async def stored_runs(self) -> AsyncGenerator[Run, None]:
-        """Yield the runs of the whole disk as the file has them, in order; what follows a run may belong to it.
-
-        For an image that nobody changes through this object. Unlike `runs` it takes no time for what lies in holes of
-        the file. Use it inside `contextlib.aclosing` unless it is read to its end.
-
-        Raises:
-            CorruptEntry, LeafError: a table cannot be read or an entry is invalid; what came before is right.
-        """
-        pos, size, shift = 0, self.header.image_size, self._shift
-        for index in await self._held_tables():
-            if index * self.geometry.span >= size:
-                break
-            async with aclosing(self._pieces_of(index)) as found:
-                async for first, entries in found:
-                    cluster = (index << self._table_shift) + first
-                    if cluster << shift >= size:
-                        break
-                    if pos < cluster << shift:
-                        yield Run(State.BACKING, pos, (cluster << shift) - pos)
-                    entries = entries[: self.geometry.clusters(size) - cluster]
-                    sound = self._sound_until(entries)
-                    for run in runs_of(entries[:sound], cluster << shift, self._mask + 1):
-                        yield run._replace(length=min(run.length, size - run.pos))
-                    if sound < entries.size:
-                        why = f"the table entry of cluster {cluster + sound} is invalid ({int(entries[sound]):#x})"
-                        raise CorruptEntry(self.name, why)
-                    pos = min(size, (cluster + entries.size) << shift)
-        if pos < size:
-            yield Run(State.BACKING, pos, size - pos)
+    def stored(self) -> StoredTables:
+        """Return the tables as the file has them, for a walk over all of them."""
+        return StoredTables(self.storage, self.header, as_array(self._l1), self.allocator.end)
 
     # -- allocating and linking ----------------------------------------------------------------------------------------
 
@@ -323,17 +297,12 @@ class Image:
     async def _survey(self) -> None:
         repairing = self.header.needs_check and self.storage.writable
         survey = Survey(self.geometry, self.header.room, self.allocator.end)
-        survey.see_table(self.header.l1_table_offset)
-        l1 = as_array(self._l1)
-        tables = survey.see_l1(l1)
-        if self._invalid_l1.size:
-            index = int(self._invalid_l1[0])
-            self._speaks_against(f"{self.name}: L1 table entry {index} is invalid ({int(l1[index]):#x})")
-        indexes = np.flatnonzero(l1)
-        indexes = indexes[np.unique(l1[indexes], return_index=True)[1]]  # as `tables`, ascending in the file
-        indexes = indexes[np.isin(l1[indexes], tables, assume_unique=True)]
-        for index in indexes[await with_data(self.storage, tables, self.geometry.table_bytes)].tolist():
-            await self._survey_table(index, survey, repairing)
+        survey.see_l1(self.header.l1_table_offset, as_array(self._l1))
+        stored = self.stored()
+        if stored.invalid.size:
+            self._speaks_against(f"{self.name}: {stored.invalid_text(int(stored.invalid[0]))}")
+        for index in await stored.once():
+            await self._survey_table(index, stored, survey, repairing)
         self._counts = survey.counts
         if survey.invalid:
             self._speaks_against(f"{self.name}: {survey.invalid} table entries are invalid; 'qedfs check' says more")
@@ -346,10 +315,10 @@ class Image:
             self.allocator.release(offset, length)
         self.allocator.forbid(survey.dangling())
 
-    async def _survey_table(self, index: int, survey: Survey, repairing: bool) -> None:
+    async def _survey_table(self, index: int, stored: StoredTables, survey: Survey, repairing: bool) -> None:
         inside = self.geometry.clusters(self.header.image_size) - (index << self._table_shift)
         try:
-            async with aclosing(self._pieces_of(index)) as found:
+            async with aclosing(stored.pieces(index)) as found:
                 async for first, entries in found:
                     invalid = survey.see_entries(entries, inside - first, repairing=repairing)
                     if repairing and invalid.size:
@@ -448,65 +417,14 @@ class Image:
     async def _load(self, index: int) -> Table | None:
         return await self.tables.load(index, self._read_table)
 
-    async def _held_tables(self) -> list[int]:
-        """Return the L1 indexes, ascending, below which anything may be other than unallocated.
-
-        Raises:
-            CorruptEntry: two entries name the same clusters. To walk over such tables could take for ever.
-            LeafError: the file cannot be read.
-        """
-        l1 = as_array(self._l1)
-        indexes = np.setdiff1d(np.flatnonzero(l1), self._invalid_l1, assume_unique=True)
-        indexes = indexes[np.argsort(l1[indexes])]
-        offsets = l1[indexes]
-        if np.any(np.diff(offsets) < self.geometry.table_bytes):
-            raise CorruptEntry(self.name, "two L1 table entries name the same clusters; 'qedfs check' says more")
-        held = indexes[await with_data(self.storage, offsets, self.geometry.table_bytes)]
-        return sorted({*held.tolist(), *self._invalid_l1.tolist(), *(table.index for table in self.tables)})
-
-    async def _pieces_of(self, index: int) -> AsyncGenerator[tuple[int, npt.NDArray[np.uint64]], None]:
-        """Yield `(first, entries)` of what the file has of the table at L1 index `index`; what is left out is unallocated.
-
-        Raises:
-            CorruptEntry, LeafError: it cannot be read, or the L1 entry is invalid.
-        """
-        start = self._table_offset(index)
-        if start != UNALLOCATED:
-            async with aclosing(pieces(self.storage, start, start + self.geometry.table_bytes)) as found:
-                async for offset, entries in found:
-                    yield (offset - start) // 8, entries
-
-    def _table_offset(self, index: int) -> int:
-        offset = self._l1[index]
-        if offset != UNALLOCATED and (
-            not self.geometry.is_table_offset(offset, self.header.room, self.allocator.end)
-            or self.allocator.is_forbidden(offset, self.geometry.table_bytes)
-        ):
-            raise CorruptEntry(self.name, f"L1 table entry {index} is invalid ({offset:#x})")
-        return offset
-
-    @property
-    def _invalid_l1(self) -> npt.NDArray[np.intp]:
-        """The places of L1 entries that name no table."""
-        l1 = as_array(self._l1)
-        named = np.flatnonzero(l1)
-        offsets = l1[named]
-        invalid = (offsets < self.header.room) | (offsets & np.uint64(self._mask) != 0)
-        invalid |= offsets > max(0, self.allocator.end - self.geometry.table_bytes)
-        places: npt.NDArray[np.intp] = named[invalid]
-        return places
-
-    def _sound_until(self, entries: npt.NDArray[np.uint64]) -> int:
-        """Return how many of `entries` come before the first that is invalid."""
-        invalid = (entries > ZERO) & (
-            (entries < self.header.room) | (entries >= self.allocator.end) | (entries & np.uint64(self._mask) != 0)
-        )
-        return int(np.argmax(invalid)) if invalid.any() else entries.size
-
     async def _read_table(self, index: int) -> Table | None:
-        offset = self._table_offset(index)
+        offset = self._l1[index]
         if offset == UNALLOCATED:
             return None
+        if not self.geometry.is_table_offset(
+            offset, self.header.room, self.allocator.end
+        ) or self.allocator.is_forbidden(offset, self.geometry.table_bytes):
+            raise CorruptEntry(self.name, f"L1 table entry {index} is invalid ({offset:#x})")
         entries = as_entries(await self.storage.read(offset, self.geometry.table_bytes))
         return Table(index, offset, entries, valid=self._sound(entries), named=True)
 
@@ -573,10 +491,7 @@ async def open_image(storage: Storage) -> Image:
     record: Record | Damage = Damage.ABSENT
     if records.fits(header):
         record = records.decode(bytes(await storage.read(records.offset(header), SECTOR)))
-    l1 = await read_sparse(storage, header.l1_table_offset, header.geometry.table_bytes)
-    named = int(np.count_nonzero(np.frombuffer(l1, dtype=np.uint64)))
-    if named > MAX_TABLES:
-        raise InvalidImage(name, f"its L1 table names {named} tables; more than {MAX_TABLES} is refused")
+    l1 = await read_l1(storage, header)
     image = Image(storage, name, header, record, backing_name, l1)
     if storage.writable:
         await image.clear_autoclear()

@@ -100,7 +100,7 @@ async def _refuse_while_needed(image: Image) -> None:
     pin = image.record.pin_of(image.backing_name)
     # Past the end of the backing there is nothing that it could be needed for.
     end = min(image.header.image_size, pin.size) if pin else image.header.image_size
-    async with aclosing(image.stored_runs()) as runs:
+    async with aclosing(image.stored().runs()) as runs:
         async for run in runs:
             if run.pos >= end:
                 return

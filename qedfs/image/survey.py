@@ -39,9 +39,10 @@ class Survey:
         self.counts = Counts()
         """Of the disk's clusters."""
 
-    def see_l1(self, entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """Note the L1 entries that name no valid table; return the offsets of the valid ones, ascending, each once."""
+    def see_l1(self, offset: int, entries: npt.NDArray[np.uint64]) -> None:
+        """Note the L1 table at `offset` and what it names."""
         geometry = self._geometry
+        self._mark(np.arange(offset, offset + geometry.table_bytes, geometry.cluster_size, dtype=np.uint64))
         named = entries[entries != 0]
         bad = (named < self._room) | (named & np.uint64(geometry.cluster_size - 1) != 0)
         bad |= named > max(0, self._usable - geometry.table_bytes)
@@ -52,12 +53,6 @@ class Survey:
         self.trusted &= tables.size == named.size
         for inside in range(0, geometry.table_bytes, geometry.cluster_size):
             self._mark(tables + np.uint64(inside))
-        return tables
-
-    def see_table(self, offset: int) -> None:
-        """Note the clusters of the L1 table."""
-        size = self._geometry.cluster_size
-        self._mark(np.arange(offset, offset + self._geometry.table_bytes, size, dtype=np.uint64))
 
     def see_entries(self, entries: npt.NDArray[np.uint64], inside: int, *, repairing: bool) -> npt.NDArray[np.intp]:
         """Note what a piece of an L2 table names and return the places of its invalid entries.

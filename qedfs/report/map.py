@@ -23,7 +23,7 @@ async def joined_runs(image: Image) -> AsyncGenerator[Run, None]:
         CorruptEntry, LeafError: a table cannot be read or an entry is invalid; what came before is right.
     """
     before: Run | None = None
-    async with aclosing(image.stored_runs()) as runs:
+    async with aclosing(image.stored().runs()) as runs:
         async for run in runs:
             if before is not None and _continues(before, run):
                 before = before._replace(length=before.length + run.length)
