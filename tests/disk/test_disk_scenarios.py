@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs.errors import CorruptEntry
+from qedfs.errors import BackingUnavailable, CorruptEntry, LeafError, LeafFailed, LeafFull
 from qedfs.image.tables import State
 from tests.model.fake_source import FakeSource
 from tests.model.memory_disk import SMALL, empty_image, memory_disk, pattern, settled
@@ -307,3 +307,138 @@ async def test_a_hole_over_trailing_junk_is_whole_in_the_file_and_zero() -> None
     async with memory_disk(storage, BASE) as rig:
         await rig.disk.write(4 * C, bytes(C))
     assert judge(storage.content, BASE).content[4 * C : 5 * C] == bytes(C)
+
+
+async def test_a_copy_that_fails_does_not_fail_the_read_and_copies_rest_for_a_while(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    storage = await empty_image(16 * C)
+    async with memory_disk(storage, BASE) as rig:
+        await rig.disk.write(0, pattern(C, 1))
+        storage.fail("write", LeafError("leaf.qed", "I/O error"))
+        assert bytes(await rig.disk.read(3 * C, C)) == BASE[3 * C : 4 * C]
+        await settled()
+        assert await state_of(rig, 3) is State.BACKING
+        assert "I/O error" in rig.disk.statistics().last_error
+        storage.heal()
+        assert bytes(await rig.disk.read(3 * C, C)) == BASE[3 * C : 4 * C]
+        await settled()
+        assert await state_of(rig, 3) is State.BACKING, "resting"
+        await trio.sleep(6)
+        await rig.disk.read(3 * C, C)
+        await settled()
+        assert await state_of(rig, 3) is State.DATA
+    assert judge(storage.content, BASE).leaks == 1, "the extent whose write ended in doubt was not used again"
+
+
+async def test_a_read_gives_up_an_unreachable_backing_in_time_and_a_write_waits_for_it(
+    autojump_clock: trio.testing.MockClock, expected_warnings: Expect
+) -> None:
+    expected_warnings("unreachable for 10 s")
+    storage = await empty_image(16 * C)
+    source = FakeSource(BASE)
+    source.error = BackingUnavailable("fake", "no route")
+    async with memory_disk(storage, source, backing_timeout=10) as rig:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.disk.write, 5 * C + 1, b"x")
+            with pytest.raises(BackingUnavailable):
+                await rig.disk.read(3 * C, C)
+            await rig.disk.write(7 * C, pattern(C, 7))
+            assert bytes(await rig.disk.read(7 * C, C)) == pattern(C, 7), "local clusters stay readable"
+            source.error = None
+        assert bytes(await rig.disk.read(5 * C, 3)) == BASE[5 * C : 5 * C + 1] + b"x" + BASE[5 * C + 2 : 5 * C + 3]
+
+
+async def test_growth_over_a_longer_backing_shows_zeros_whatever_is_on_its_way() -> None:
+    """The old end lies inside a cluster that is being fetched and copied for the old size."""
+    base = pattern(16 * C)
+    storage = await empty_image(10 * C + 512)
+    async with memory_disk(storage, base) as rig:
+        gate = rig.source.hold()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.disk.read, 10 * C, 512)
+            await gate.arrived()
+            nursery.start_soon(rig.disk.grow, 14 * C)
+            await settled()
+            gate.release()
+        await settled()
+        assert rig.disk.size == 14 * C
+        assert bytes(await rig.disk.read(10 * C, 4 * C)) == base[10 * C :][:512] + bytes(4 * C - 512)
+    judged = judge(storage.content, base)
+    assert judged.content == base[: 10 * C + 512] + bytes(4 * C - 512)
+
+
+async def test_writers_past_the_end_grow_the_disk_once_each_and_lose_nothing() -> None:
+    storage = await empty_image(C)
+    async with memory_disk(storage, BASE) as rig:
+        async with trio.open_nursery() as nursery:
+            for i in (5, 3, 4, 9):
+                nursery.start_soon(rig.disk.write, i * C + 100, pattern(50, i))
+        assert rig.disk.size == 9 * C + 512
+        content = bytes(await rig.disk.read(0, rig.disk.size))
+    expected = bytearray(BASE[:C] + bytes(8 * C + 512))
+    for i in (5, 3, 4, 9):
+        expected[i * C + 100 : i * C + 150] = pattern(50, i)
+    assert content == expected
+    assert judge(storage.content, BASE).content == expected
+
+
+async def test_a_growth_that_fails_keeps_the_old_size_and_can_be_repeated() -> None:
+    storage = await empty_image(10 * C + 512)
+    async with memory_disk(storage, BASE) as rig:
+        await rig.disk.write(0, b"x")
+        storage.fail("write", LeafFull("leaf.qed", "no room"), lambda offset: offset == 0)
+        with pytest.raises(LeafFull):
+            await rig.disk.grow(14 * C)
+        assert rig.disk.size == 10 * C + 512
+        storage.heal()
+        await rig.disk.grow(14 * C)
+        assert bytes(await rig.disk.read(10 * C, 9 * C)) == BASE[10 * C :][:512] + bytes(4 * C - 512)
+
+
+async def test_after_a_failed_flush_writes_are_refused_and_reads_go_on() -> None:
+    storage = await empty_image(16 * C)
+    async with memory_disk(storage, BASE, close=False) as rig:
+        await rig.disk.write(0, pattern(C, 1))
+        storage.fail("flush", LeafError("leaf.qed", "I/O error"))
+        with pytest.raises(LeafFailed):
+            await rig.disk.flush()
+        storage.heal()
+        for request in (rig.disk.write(0, b"x"), rig.disk.flush(), rig.disk.grow(20 * C)):
+            with pytest.raises(LeafFailed):
+                await request
+        assert not rig.disk.write_nowait(0, b"x")
+        assert bytes(await rig.disk.read(0, 2 * C)) == pattern(C, 1) + BASE[C : 2 * C]
+        assert rig.disk.statistics().state == "failed"
+    with pytest.raises(LeafFailed):
+        await rig.image.aclose()
+    assert storage.closed
+
+
+async def test_the_end_waits_for_copies_under_way_and_drops_fetches() -> None:
+    storage = await empty_image(16 * C)
+    source = FakeSource(BASE)
+    async with memory_disk(storage, source) as rig:
+        await rig.disk.write(0, pattern(C, 1))
+        await rig.disk.read(3 * C, C)
+        rig.disk.prefetch(8 * C, 4 * C)
+        source.hold(lambda pos: pos >= 8 * C)
+    judged = judge(storage.content, BASE)
+    assert (judged.data, judged.leaks, judged.need_check) == (2, 0, False)
+    assert judged.content == pattern(C, 1) + BASE[C:]
+
+
+@pytest.mark.parametrize("steps", range(0, 40, 3))
+async def test_a_write_cancelled_at_any_point_leaves_old_or_new_and_no_claim(steps: int) -> None:
+    storage = await empty_image(16 * C)
+    storage.nowait = False
+    async with memory_disk(storage, BASE) as rig:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.disk.write, 3 * C + 100, b"new")
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        content = bytes(await rig.disk.read(3 * C + 100, 3))
+        assert content in (b"new", BASE[3 * C + 100 : 3 * C + 103])
+        await rig.disk.write(3 * C, pattern(C, 3))
+    assert judge(storage.content, BASE).content[3 * C : 4 * C] == pattern(C, 3)
