@@ -15,7 +15,6 @@ Where pyfuse3 does not look like this any more, everything works as before, only
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import time
@@ -26,8 +25,6 @@ from typing import Any
 
 import pyfuse3
 import trio
-
-_log = logging.getLogger(__name__)
 
 CHECKPOINT_INTERVAL = 8
 """Waits per pass through the event loop. Measured at queue depth 16: with 1 the rate is half, beyond 8 it hardly
@@ -41,17 +38,21 @@ _PAUSE = 0.05
 """Seconds without polling after that."""
 
 
+def waits_as_known() -> bool:
+    """Whether this pyfuse3 finds `trio` in the way that `short_waits` relies on."""
+    return vars(pyfuse3).get("trio") is trio
+
+
 @contextmanager
-def short_waits(poll: int) -> Iterator[None]:
-    """Make pyfuse3 wait in this module's way within the context; `poll` is the longest busy-poll in microseconds."""
+def short_waits(poll: int, *, first: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Make pyfuse3 wait in this module's way within the context; `poll` is the longest busy-poll in microseconds.
+
+    `first` is called before each wait until it has returned True. Only where `waits_as_known`.
+    """
     names = vars(pyfuse3)
-    if names.get("trio") is not trio:
-        _log.info("pyfuse3 %s waits in a way unknown to us: small requests are slower", pyfuse3.__version__)
-        yield
-        return
     # Polling on the only processor would keep the client from making its next request.
     several = len(os.sched_getaffinity(0)) > 1
-    names["trio"] = _Namespace(ShortWait(poll * 1e-6 if several else 0.0))
+    names["trio"] = _Namespace(ShortWait(poll * 1e-6 if several else 0.0, first=first))
     try:
         yield
     finally:
@@ -69,17 +70,21 @@ class ShortWait:
         self,
         limit: float,
         *,
+        first: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.perf_counter,
         park: Callable[[int], Any] = trio.lowlevel.wait_readable,
     ) -> None:
         self._limit = limit
         self._clock = clock
         self._park = park
+        self._first: Callable[[], bool] | None = first
         self._polls: dict[int, Callable[[int], object]] = {}
         self._close_by = False
         self._resume = 0.0
 
     async def __call__(self, fd: int) -> None:
+        if self._first is not None and self._first():
+            self._first = None
         ready = self._polls.get(fd) or self._register(fd)
         if ready(0) or (self._close_by and self._poll(ready)):
             return

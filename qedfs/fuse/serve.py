@@ -6,17 +6,22 @@ This process must never touch its own mount: it would wait for itself.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import pyfuse3
 import trio
 
 from qedfs.config import MountOptions
 from qedfs.errors import MountError
-from qedfs.fuse.mountpoint import captured_stderr, check_mountpoint, mount_options
+from qedfs.fuse.device import mount_device
+from qedfs.fuse.handshake import Handshake
+from qedfs.fuse.mountpoint import check_mountpoint, library_options, mount_options
 from qedfs.fuse.operations import Operations
-from qedfs.fuse.readiness import short_waits
-from qedfs.fuse.tuning import tune
+from qedfs.fuse.readiness import short_waits, waits_as_known
+from qedfs.fuse.tuning import CONGESTION_THRESHOLD, MAX_BACKGROUND, tune
+from qedfs.fuse.unmount import unmount
 from qedfs.tree.tree import ROOT, Tree
 
 _log = logging.getLogger(__name__)
@@ -47,32 +52,48 @@ async def serve(
     """
     await trio.to_thread.run_sync(check_mountpoint, mountpoint)
     operations = Operations(tree, direct_io=options.direct_io)
-    with short_waits(options.poll):
-        _mount(operations, mountpoint, mount_options(options, fsname))
-        try:
+    device = await trio.to_thread.run_sync(mount_device, mountpoint, mount_options(options, fsname))
+    ended = False
+    ended = False
+    try:
+        with _opened(operations, device, options):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_report_ready, operations, mountpoint, task_status)
                 nursery.start_soon(_drop_names, tree)
                 await pyfuse3.main(max_tasks=MAX_TASKS)
+                ended = True
                 nursery.cancel_scope.cancel()
-        finally:
-            # After a plain unmount this only frees the session; else it detaches.
-            pyfuse3.close(unmount=True)
-            # The last RELEASE may be missing.
-            tree.close_all()
+    finally:
+        if not ended:
+            # The device is closed: what is still mounted answers nobody.
+            with trio.CancelScope(shield=True), contextlib.suppress(MountError):
+                await unmount(mountpoint, lazy=True)
+        # The last RELEASE may be missing.
+        tree.close_all()
 
 
-def _mount(operations: Operations, mountpoint: str, options: set[str]) -> None:
-    with captured_stderr() as messages:
+@contextlib.contextmanager
+def _opened(operations: Operations, device: int, options: MountOptions) -> Iterator[None]:
+    """Let pyfuse3 serve the mounted `device`, which it closes at the end."""
+    with contextlib.ExitStack() as stack:
+        place = f"/dev/fd/{device}"  # libfuse's way to be given a mount that has been made
+        if waits_as_known():
+            handshake = Handshake(device, max_background=MAX_BACKGROUND, congestion_threshold=CONGESTION_THRESHOLD)
+            stack.callback(handshake.close)
+            stack.enter_context(short_waits(options.poll, first=handshake.finish))
+            place = handshake.mountpoint
+        else:
+            _log.info("pyfuse3 %s waits in a way unknown to us: small requests are slower", pyfuse3.__version__)
         try:
-            pyfuse3.init(operations, mountpoint, options)
+            pyfuse3.init(operations, place, library_options(options))
         except RuntimeError as error:
-            raise MountError(mountpoint, messages() or str(error)) from error
+            raise MountError("libfuse", str(error)) from error
+        stack.callback(pyfuse3.close, unmount=False)
+        yield
 
 
 async def _report_ready(operations: Operations, mountpoint: str, task_status: trio.TaskStatus[None]) -> None:
     await operations.ready.wait()
-    # Limits can be raised only now: the kernel sets them from our answer to its first message.
     await trio.to_thread.run_sync(tune, mountpoint, abandon_on_cancel=True)
     task_status.started()
 

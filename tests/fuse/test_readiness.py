@@ -12,8 +12,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qedfs.fuse import readiness
-from qedfs.fuse.readiness import CHECKPOINT_INTERVAL, ShortLock, ShortWait, short_waits
+from qedfs.fuse.readiness import CHECKPOINT_INTERVAL, ShortLock, ShortWait, short_waits, waits_as_known
 from tests.fuse.conftest import Mount
 
 LIMIT = 30e-6
@@ -192,14 +191,30 @@ def test_the_namespace_is_trio_but_for_two_names() -> None:
     assert vars(pyfuse3)["trio"] is trio
 
 
-def test_a_pyfuse3_that_looks_different_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_pyfuse3_that_looks_different_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waits_as_known()
     monkeypatch.setitem(vars(pyfuse3), "trio", None)
-    caplog.set_level("INFO", readiness.__name__)
-    with short_waits(30):
-        assert vars(pyfuse3)["trio"] is None
-    assert "small requests are slower" in caplog.text
+    assert not waits_as_known()
+
+
+async def test_what_comes_first_is_called_until_it_is_done() -> None:
+    answers = iter([False, True])
+    calls = []
+
+    def first() -> bool:
+        calls.append(next(answers))
+        return calls[-1]
+
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, b"x")
+        wait = ShortWait(0.0, first=first)
+        for _ in range(4):
+            await wait(reading)
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert calls == [False, True]
 
 
 COUNTING = """
