@@ -84,6 +84,10 @@ class Image:
         self._survey_lock = trio.Lock()
         self._surveyed = trio.Event()
         self._counts = Counts()
+        self._trusted = False
+        """The survey met nothing wrong: what no entry names belongs to nobody."""
+        self._overlapping: frozenset[int] = frozenset()
+        """Places in L1 of tables that share clusters: as objects of their own they would overwrite each other's links."""
         self.survey_problem = ""
         """What the survey met that speaks against the image, for `last_error`; empty if nothing."""
         self.survey_time = 0.0
@@ -206,6 +210,8 @@ class Image:
         held: list[Table] = []
         try:
             for index in range(first >> self._table_shift, ((end - 1) >> self._table_shift) + 1):
+                if index in self._overlapping:
+                    raise CorruptEntry(self.name, f"the table of L1 table entry {index} lies over another one")
                 table = await self._load(index) or await self.tables.load(index, self._make_table)
                 assert table is not None
                 table.pins += 1
@@ -308,6 +314,7 @@ class Image:
             self._speaks_against(f"{self.name}: {survey.invalid} table entries are invalid; 'qedfs check' says more")
         if not self.storage.writable:
             return
+        self._trusted, self._overlapping = survey.trusted, stored.overlapping()
         if repairing and self.pending:
             # Ordering: repairs are durable before anything is allocated, cut or given out again.
             await self.commit(durable=True)
@@ -405,8 +412,9 @@ class Image:
         await self.commit(durable=True)
         if not self._begun:
             return
-        # No entry on the disk names what is cut or punched: it was found free, or taken and never linked.
-        if self.storage.length() > self.allocator.end:
+        # No entry on the disk names what is cut or punched: it was found free, or taken and never linked. What is left of a
+        # cluster that the end of a damaged file cuts through stays.
+        if self._trusted and self.storage.length() > self.allocator.end:
             await self.storage.truncate(self.allocator.end)
         for offset, length in self.allocator.free_extents:
             await self.storage.punch(offset, length)

@@ -37,6 +37,11 @@ class StoredTables:
         self._named = named[np.argsort(l1[named], kind="stable")]
         """Places in L1 of entries that name a table, in the order of the tables in the file."""
 
+    def overlapping(self) -> frozenset[int]:
+        """Return the places in L1 of tables that share clusters with another one."""
+        close = np.flatnonzero(np.diff(self._l1[self._named]) < self._geometry.table_bytes)
+        return frozenset(self._named[np.union1d(close, close + 1)].tolist())
+
     async def once(self) -> list[int]:
         """Return a place in L1 of each table that may hold anything, once each, in the order of the file.
 
