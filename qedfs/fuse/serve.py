@@ -20,7 +20,7 @@ from qedfs.fuse.handshake import Handshake
 from qedfs.fuse.mountpoint import check_mountpoint, library_options, mount_options
 from qedfs.fuse.operations import Operations
 from qedfs.fuse.readiness import short_waits, waits_as_known
-from qedfs.fuse.tuning import CONGESTION_THRESHOLD, MAX_BACKGROUND, tune
+from qedfs.fuse.tuning import CONGESTION_THRESHOLD, MAX_BACKGROUND, widen_readahead
 from qedfs.fuse.unmount import unmount
 from qedfs.tree.tree import ROOT, Tree
 
@@ -53,7 +53,6 @@ async def serve(
     await trio.to_thread.run_sync(check_mountpoint, mountpoint)
     operations = Operations(tree, direct_io=options.direct_io)
     device = await trio.to_thread.run_sync(mount_device, mountpoint, mount_options(options, fsname))
-    ended = False
     ended = False
     try:
         with _opened(operations, device, options):
@@ -94,7 +93,7 @@ def _opened(operations: Operations, device: int, options: MountOptions) -> Itera
 
 async def _report_ready(operations: Operations, mountpoint: str, task_status: trio.TaskStatus[None]) -> None:
     await operations.ready.wait()
-    await trio.to_thread.run_sync(tune, mountpoint, abandon_on_cancel=True)
+    await trio.to_thread.run_sync(widen_readahead, mountpoint, abandon_on_cancel=True)
     task_status.started()
 
 

@@ -1,4 +1,4 @@
-"""Raises the kernel's limits for our mount.
+"""The kernel's limits for our mount.
 
 The defaults are made for file systems without latency: 128 KiB of readahead and 12 requests in flight. Over a backing
 at 50 ms that is 5 MB/s; 4 MiB and 256 give 128 MB/s. And requests in the background that wait for one backing hold up
@@ -8,8 +8,6 @@ those of every other disk once the limit is reached.
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 from pathlib import Path
 
 from qedfs.fuse.mounts import find_mount
@@ -24,45 +22,17 @@ no lower bound: the kernel allows a FUSE mount about 1 % of its limit of dirty p
 CONGESTION_THRESHOLD = 1536
 """Three quarters, as the kernel's own default: from here on readahead is left out."""
 
-_CONNECTIONS = "/sys/fs/fuse/connections"
-_SECONDS = 5
 
+def widen_readahead(mountpoint: str) -> None:
+    """Set the readahead of the mount on `mountpoint`, where we may (root only); never raises.
 
-def tune(mountpoint: str) -> None:
-    """Set readahead and queue length of the mount on `mountpoint`, where we may; never raises.
-
-    Does not touch the mount itself. Readahead takes root; the queue length also the mounting user.
+    Does not touch the mount itself.
     """
     mount = find_mount(mountpoint)
     if mount is None:
         return
-    connection = Path(_CONNECTIONS, mount.device.partition(":")[2])
-    limits = {connection / "max_background": MAX_BACKGROUND, connection / "congestion_threshold": CONGESTION_THRESHOLD}
-    _write({Path("/sys/class/bdi", mount.device, "read_ahead_kb"): READ_AHEAD_KB})
-    if os.path.ismount(_CONNECTIONS):
-        _write(limits)
-    elif os.geteuid() == 0:
-        _write_unmounted(limits)
-
-
-def _write(values: dict[Path, int]) -> None:
-    for path, value in values.items():
-        try:
-            path.write_text(str(value))
-        except OSError as error:
-            _log.debug("%s stays as it is: %s", path, error)
-
-
-def _write_unmounted(limits: dict[Path, int]) -> None:
-    """Set `limits` where nobody has mounted fusectl (containers): it is mounted for a moment, for one process alone."""
-    script = f"mount -t fusectl none {_CONNECTIONS}" + "".join(f" && echo {v} > {p}" for p, v in limits.items())
+    path = Path("/sys/class/bdi", mount.device, "read_ahead_kb")
     try:
-        subprocess.run(
-            ["unshare", "--mount", "sh", "-c", script],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.debug("queue length stays as it is: %s", error)
+        path.write_text(str(READ_AHEAD_KB))
+    except OSError as error:
+        _log.debug("%s stays as it is: %s", path, error)
