@@ -22,7 +22,7 @@ from qedfs.image import record as records
 from qedfs.image.allocator import Allocator, Extent
 from qedfs.image.cache import Table, TableCache
 from qedfs.image.commit import Committer
-from qedfs.image.geometry import SECTOR
+from qedfs.image.geometry import MAX_IMAGE_SIZE, SECTOR
 from qedfs.image.header import Feature, Header
 from qedfs.image.record import Damage, Record
 from qedfs.image.storage import Storage
@@ -222,8 +222,17 @@ class Image:
                 table.pins -= 1
 
     def allocate(self, clusters: int) -> Extent:
-        """Take `clusters` neighbouring clusters of the file. Only between `pinned` and the end of the claim."""
-        return self.allocator.allocate(clusters << self._shift)
+        """Take `clusters` neighbouring clusters of the file. Only between `pinned` and the end of the claim.
+
+        Raises:
+            CorruptEntry: dangling entries leave no room in any file.
+        """
+        extent = self.allocator.allocate(clusters << self._shift)
+        if extent.offset + extent.length > MAX_IMAGE_SIZE:
+            raise CorruptEntry(
+                self.name, "damaged table entries name places up to the end of any file; nothing is allocated"
+            )
+        return extent
 
     def link_data(self, first: int, clusters: int, offset: int) -> None:
         """Let the clusters from `first` on be those at `offset` (bytes). They are whole in the file and pinned here."""

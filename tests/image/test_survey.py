@@ -241,3 +241,13 @@ async def test_qemu_finds_no_new_problem_after_a_mount_of_a_leaky_image(damaged:
     leaf.write_bytes(damaged.storage.content)
     assert qemu_check(leaf).status == 0
     assert (await check_image(MemoryStorage(damaged.storage.content, writable=False), repair=False)).consistent
+
+
+async def test_where_damage_forbids_all_of_the_file_allocations_fail_as_the_fault_of_the_image(
+    damaged: Damaged,
+) -> None:
+    image = await damaged.reopened()
+    await image.begin_allocating()
+    image.allocator.forbid([(damaged.length, 1 << 64)])
+    with pytest.raises(CorruptEntry, match="end of any file"):
+        image.allocate(1)
