@@ -182,7 +182,6 @@ async def test_a_failed_write_gives_back_every_mark_and_the_next_commit_writes_i
     storage.fail("write", FULL, lambda offset: at <= offset < at + C)
     with pytest.raises(LeafFull):
         await image.commit(durable=True)
-    assert image.pending
     assert not table.evictable
     assert table.pins == 0
     storage.heal()
@@ -333,4 +332,28 @@ async def test_a_table_stays_in_memory_while_a_commit_writes_it_and_until_l1_nam
     assert judged.data == 17
     assert judged.leaks == 0
     for cluster in (0, 1, 512, 512 * 15):
+        assert judged.content[cluster * C : (cluster + 1) * C] == pattern(C, cluster)
+
+
+async def test_links_survive_whatever_is_evicted_while_they_are_on_their_way() -> None:
+    """A table that is evicted and loaded again during a commit would have lost what the commit still writes."""
+    storage, image = await new_image()
+    await link(image, *(512 * i for i in range(6)))
+    await image.commit(durable=True)
+    image.tables._capacity = 1
+    await link(image, 1)
+    for i in range(1, 6):  # while its entry waits for a commit
+        await image.run(512 * i * C, 1)
+    gate = storage.hold("flush")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: image.commit(durable=False))
+        await gate.arrived()
+        for i in range(1, 6):  # and while the commit holds it
+            await image.run(512 * i * C, 1)
+        await link(image, 2)
+        gate.release()
+    await image.aclose()
+    judged = judge(storage.durable)
+    assert judged.data == 8
+    for cluster in (0, 1, 2, 512):
         assert judged.content[cluster * C : (cluster + 1) * C] == pattern(C, cluster)
