@@ -47,6 +47,7 @@ class FileSource(Source):
 
     def __init__(self, fd: int, name: str) -> None:
         self.name = name
+        self.path = real_path(fd)
         self.status = os.fstat(fd)
         self.size = os.lseek(fd, 0, os.SEEK_END)  # st_size of a block device is 0
         regular = stat.S_ISREG(self.status.st_mode)
@@ -166,8 +167,12 @@ def _open(path: str, admit: Callable[[Found], None], user: int | None) -> FileSo
 
 
 def _open_as(user: int, path: str, admit: Callable[[Found], None]) -> int:
+    def admit_what_user_can_reach(found: Found) -> None:
+        _refuse_out_of_reach(found, path)
+        admit(found)
+
     try:
-        return call_as(user, lambda: _open_judged(path, admit))
+        return call_as(user, lambda: _open_judged(path, admit_what_user_can_reach))
     except PermissionError as error:
         raise NotAllowed(path, f"cannot be opened with the rights of the image's owner ({error})") from error
 
@@ -184,9 +189,9 @@ def _open_judged(path: str, admit: Callable[[Found], None]) -> int:
         os.close(look)
 
 
-def _look(path: str) -> int:
+def _look(path: str, flags: int = 0) -> int:
     try:
-        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+        return os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
     except OSError as error:
         raise _translated(path, "cannot be opened", error) from error
     except ValueError as error:  # a NUL in the path
@@ -197,7 +202,26 @@ def _found(look: int, path: str) -> Found:
     status = os.fstat(look)
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise BackingRefused(path, "is neither a regular file nor a block device")
-    return Found(os.readlink(f"/proc/self/fd/{look}"), status)
+    return Found(real_path(look), status)
+
+
+def _refuse_out_of_reach(found: Found, path: str) -> None:
+    """Refuse a file that this thread's user cannot reach through the folders in which it lies.
+
+    The links in /proc/self/fd lead straight to what this process has open, past every closed folder, and a thread of
+    ours may follow them whoever it plays. The real path has no links, so walking it asks each folder.
+    """
+    look = _look(found.path, os.O_NOFOLLOW)
+    try:
+        if not os.path.samestat(os.fstat(look), found.status):
+            raise NotAllowed(path, "is not what lies at its path")
+    finally:
+        os.close(look)
+
+
+def real_path(fd: int) -> str:
+    """Return where the open file `fd` lies; something that cannot be opened if it has no name any more."""
+    return os.readlink(f"/proc/self/fd/{fd}")
 
 
 def _translated(name: str, what_failed: str, error: OSError) -> BackingError:

@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qedfs.backing.base import Source, close
 from qedfs.backing.file import FileSource, Found, open_file
@@ -28,8 +28,9 @@ _QCOW2_MAGIC = b"QFI\xfb"
 class Reference:
     """A backing as an image names it.
 
-    `name` is as stored in the header (or as typed), `image` the path of the naming image, absolute if the process may
-    change its folder before the backing is opened (again).
+    `name` is as stored in the header (or as typed), `image` the path of the naming image: the real one, as whoever can
+    make a link to an image could else choose what lies beside it; absolute if the process may change its folder before the
+    backing is opened (again).
 
     `format` is `raw`, `qed`, or None for "see what is there", which is for the day on which the leaf is made or first
     mounted: later the pinned format is to be passed, as a guest could write a magic into a raw base. A header's no-probe
@@ -79,15 +80,20 @@ class _Link:
 
 @dataclass
 class _Chain:
-    """The sources opened so far: `seen` finds loops."""
+    """The sources opened so far: `seen` finds loops. `trusted` while all images have been."""
 
     policy: Policy
     seen: set[object] = field(default_factory=set)
+    trusted: bool = True
 
     async def open(self, link: _Link) -> tuple[Source, Location]:
+        """Open what `link` names, and tell where it is."""
+        if link.owner is not None and not self.policy.trusts(link.owner):
+            self.trusted = False
         location = parse_location(link.name, link.image)
         if isinstance(location, FileLocation):
-            return await self._open_file(link, location), location
+            source = await self._open_file(link, location)
+            return source, replace(location, path=source.path)
         return await self._open_nbd(link, location), location
 
     async def _open_file(self, link: _Link, location: FileLocation) -> FileSource:
@@ -96,6 +102,8 @@ class _Chain:
         self.policy.check_path(os.path.abspath(location.path))  # noqa: ASYNC240 (asks only for the working directory)
 
         def admit(found: Found) -> None:
+            if rights is Rights.OURS and not self.trusted and not link.name.startswith(("/", "file:/", "json:")):
+                _refuse_unsafe(os.path.dirname(location.path), location.path, self.policy)
             self.policy.check_path(found.path)
             self.policy.check_name(found.path)
             _refuse_own_kind(location.path, found.status)
@@ -167,6 +175,24 @@ def _owner(status: os.stat_result | None) -> Owner | None:
 def _file_key(status: os.stat_result) -> object:
     # Two device nodes may stand for one device.
     return ("device", status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def _refuse_unsafe(folder: str, path: str, policy: Policy) -> None:
+    """Refuse the relative name of a trusted image to which an untrusted one has led, if others can change its folder.
+
+    They could have moved the image there, or linked it, and put a link to any file beside it.
+    """
+    sticky = 0
+    while True:
+        found = Owner.of(os.stat(folder))
+        if not policy.trusts(Owner(found.uid, found.mode & ~0o022 if found.mode & sticky else found.mode)):
+            raise NotAllowed(
+                path, f"lies in {folder}, which others may change, and an image of another user leads there"
+            )
+        if folder in ("/", ""):
+            return
+        # In a sticky folder above, nobody can rename what is ours.
+        folder, sticky = os.path.dirname(folder), stat.S_ISVTX
 
 
 def _refuse_own_kind(path: str, status: os.stat_result) -> None:

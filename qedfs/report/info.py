@@ -94,6 +94,9 @@ async def _chain(image: str, name: str, told: str) -> tuple[Level, ...]:
     here: Location = FileLocation(image)
     while name and len(levels) < MAX_LEVELS:
         try:
+            # As when it is opened: a link to an image does not move its relative names.
+            if isinstance(here, FileLocation):
+                here = FileLocation(await trio.to_thread.run_sync(os.path.realpath, here.path))
             here = parse_location(name, here)
         except QedfsError as error:
             return (*levels, Level(masked(name), told, problem=error.why))

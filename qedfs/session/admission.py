@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import trio
 
 from qedfs.backing.base import Identity
+from qedfs.backing.file import real_path
 from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.location import masked
 from qedfs.backing.policy import Policy
@@ -93,7 +94,7 @@ def _backing_of(image: Image, storage: FileStorage, terms: Terms) -> Backing:
     pin = image.record.pin_of(image.backing_name)
     stored = "raw" if image.header.backing_is_raw else pin.format if pin else None
     # From the open file, not from its path: whose image is it that names the backing?
-    reference = Reference(image.backing_name, stored, image.name, os.fstat(storage.fd))
+    reference = Reference(image.backing_name, stored, real_path(storage.fd), os.fstat(storage.fd))
     policy = terms.policy()
     # What the user trusts is pinned anew; a held image is on its way from somewhere else and pins nothing.
     expected = None if pin is None or terms.options.trust_backing or image.record.hold else Identity(pin.size, pin.tag)

@@ -119,7 +119,7 @@ async def looked_at(path: str) -> AsyncIterator[Image]:
 
 @asynccontextmanager
 async def _opened(name: str, format: str | None, leaf: str) -> AsyncIterator[Source]:
-    reference = Reference(name, format, leaf)
+    reference = Reference(name, format, await trio.to_thread.run_sync(os.path.realpath, leaf))
     with trio.move_on_after(PATIENCE) as patience:
         source = await open_backing(reference, Policy(mounter=os.getuid()))
     if patience.cancelled_caught:
