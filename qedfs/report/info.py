@@ -95,7 +95,7 @@ async def _chain(image: str, name: str, told: str) -> tuple[Level, ...]:
     while name and len(levels) < MAX_LEVELS:
         try:
             # As when it is opened: a link to an image does not move its relative names.
-            if isinstance(here, FileLocation):
+            if isinstance(here, FileLocation) and await trio.to_thread.run_sync(os.path.islink, here.path):
                 here = FileLocation(await trio.to_thread.run_sync(os.path.realpath, here.path))
             here = parse_location(name, here)
         except QedfsError as error:
