@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import trio
 
@@ -56,22 +57,44 @@ def after_power_cut(before: bytes, log: list[Operation], dice: random.Random) ->
     durable = max((operation.offset for operation in log if operation.kind == "flush"), default=0)
     chance = dice.choice((0.0, 0.1, 0.5, 0.9, 1.0))
     for number, operation in enumerate(log):
-        _apply(content, operation, dice, 1.0 if number < durable else chance)
+        _apply(content, operation, 1 if number < durable else chance, dice)
     return content
 
 
-def _apply(content: bytearray, operation: Operation, dice: random.Random, chance: float) -> None:
+def worst_cases(before: bytes, log: list[Operation]) -> Iterator[bytearray]:
+    """Yield the file as a power cut may leave it after each operation, in the ways that break an ordering.
+
+    Of what no flush covered: nothing, everything, one operation alone, or all but one came to the disk.
+    """
+    content = bytearray(before)
+    durable = 0
+    for cut in range(len(log) + 1):
+        covered = max((operation.offset for operation in log[:cut] if operation.kind == "flush"), default=0)
+        for operation in log[durable:covered]:
+            _apply(content, operation, 1)
+        durable = covered
+        pending = [operation for operation in log[durable:cut] if operation.kind != "flush"]
+        chosen = [pending, *([one] for one in pending), *([o for o in pending if o is not one] for one in pending)]
+        for operations in ([], *chosen):
+            state = bytearray(content)
+            for operation in operations:
+                _apply(state, operation, 1)
+            yield state
+
+
+def _apply(content: bytearray, operation: Operation, chance: float, dice: random.Random | None = None) -> None:
+    def happens() -> bool:
+        return dice is None or chance == 1 or dice.random() < chance
+
     if operation.kind == "write":
         for start in range(0, operation.length, SECTOR):
-            if chance == 1 or dice.random() < chance:
+            if happens():
                 piece = operation.data[start : start + SECTOR]
                 content.extend(bytes(max(0, operation.offset + start - len(content))))
                 content[operation.offset + start : operation.offset + start + len(piece)] = piece
-    elif chance < 1 and dice.random() >= chance:
-        return
-    elif operation.kind == "truncate":
+    elif operation.kind == "truncate" and happens():
         del content[operation.length :]
         content.extend(bytes(operation.length - len(content)))
-    elif operation.kind == "punch":
+    elif operation.kind == "punch" and happens():
         end = min(operation.offset + operation.length, len(content))
         content[operation.offset : end] = bytes(max(0, end - operation.offset))
