@@ -228,18 +228,22 @@ async def _result(scan: _Scan) -> CheckResult:
 async def _leaks(scan: _Scan) -> int:
     """Count the clusters that nothing names and that take room, or could be cut off the end of the file."""
     size = scan.header.geometry.cluster_size
-    leaks = 0
-    for offset, length in scan.clusters.free():
-        end = offset + length
-        if end == scan.usable:
-            leaks += length // size
-            continue
-        while offset < end:
-            data, hole = await scan.storage.next_data(offset)
-            first = max(offset, data // size * size)
-            offset = min(end, max(first, -(-hole // size) * size))
-            leaks += max(0, offset - first) // size
-    return leaks
+    tail = scan.clusters.tail
+    async with aclosing(_data_clusters(scan, tail)) as found:
+        leaks = [scan.clusters.count_free(offset, end) async for offset, end in found]
+    return sum(leaks) + (scan.usable - tail) // size
+
+
+async def _data_clusters(scan: _Scan, end: int) -> AsyncGenerator[tuple[int, int], None]:
+    """Yield `[offset, end)` of the clusters below `end` that are no holes of the file, ascending and apart."""
+    size = scan.header.geometry.cluster_size
+    offset = 0
+    while offset < end:
+        data, hole = await scan.storage.next_data(offset)
+        first = max(offset, data // size * size)
+        offset = min(end, max(first, -(-hole // size) * size))
+        if first < offset:
+            yield first, offset
 
 
 async def _drop_invalid(scan: _Scan) -> None:
@@ -265,9 +269,11 @@ async def _zero(storage: Storage, offset: int, entries: Entries, invalid: npt.ND
 
 async def _reclaim(scan: _Scan) -> None:
     """Cut off what nothing names at the end of the file, and give the room of the rest back."""
-    for offset, length in scan.clusters.free():
-        if offset + length == scan.usable:
-            await scan.storage.truncate(offset)
-        else:
-            await scan.storage.punch(offset, length)
+    tail = scan.clusters.tail
+    if tail < scan.usable:
+        await scan.storage.truncate(tail)
+    async with aclosing(_data_clusters(scan, tail)) as found:
+        async for first, end in found:
+            for offset, length in scan.clusters.free(first, end):
+                await scan.storage.punch(offset, length)
     await scan.storage.flush()

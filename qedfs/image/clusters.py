@@ -37,6 +37,18 @@ class ClusterMap:
         """Clusters behind the header that nothing was seen to name."""
         return self._clusters - self._header - self._marked
 
+    @property
+    def tail(self) -> int:
+        """Offset behind the last cluster that is referenced: from there on the file is not needed."""
+        clusters = self._clusters
+        while clusters > self._header:
+            first = max(0, clusters - 8 * _BLOCK) // 8 * 8
+            used = np.flatnonzero(np.unpackbits(self._bits[first // 8 : -(-clusters // 8)], bitorder="little"))
+            if used.size:
+                return max(first + int(used[-1]) + 1, self._header) << int(self._shift)
+            clusters = first
+        return self._header << int(self._shift)
+
     def mark(self, offsets: npt.NDArray[np.uint64]) -> int:
         """Note valid cluster offsets as referenced; return how many of them were referenced before, or are repeated."""
         clusters = offsets >> self._shift
@@ -52,25 +64,41 @@ class ClusterMap:
         self._marked += clusters.size - taken
         return int(offsets.size - clusters.size + taken)
 
-    def free(self) -> Iterator[tuple[int, int]]:
-        """Yield `(offset, length)` of what nothing names, ascending; neighbours are joined."""
-        start = self._header
-        inside = True  # the cluster before the one looked at is free, or we are at the first
-        for first in range(0, self._bits.size, _BLOCK):
-            block = self._bits[first : first + _BLOCK]
-            if inside and not block.any():
+    def free(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield `(offset, length)` of what nothing names, ascending; neighbours are joined.
+
+        With `begin` and `end` (bytes of the file) only of the clusters that these touch.
+        """
+        start, inside = None, False
+        for at, used in self._blocks(begin, end):
+            if start is None:
+                start, inside = at, True
+            if inside and not used.any():
                 continue
-            used = np.unpackbits(block, bitorder="little")[: self._clusters - first * 8]
-            if not first:
-                used[: self._header] = 0  # not marked, and not free: runs begin behind it
-            edges = np.flatnonzero(np.diff(used, prepend=np.uint8(not inside))) + first * 8
-            for edge in map(int, edges):
+            for edge in (np.flatnonzero(np.diff(used, prepend=np.uint8(not inside))) + at).tolist():
                 if inside and edge > start:
                     yield self._extent(start, edge)
                 start = edge
                 inside = not inside
-        if inside and start < self._clusters:
-            yield self._extent(start, self._clusters)
+        last = self._last(end)
+        if inside and start is not None and start < last:
+            yield self._extent(start, last)
+
+    def count_free(self, begin: int, end: int) -> int:
+        """Return how many of the clusters that `[begin, end)` touches nothing names."""
+        return sum(int(np.count_nonzero(used == 0)) for _, used in self._blocks(begin, end))
+
+    def _blocks(self, begin: int, end: int | None) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """Yield in pieces whether clusters are referenced (1) or not, with the number of the first."""
+        at, last = max(self._header, begin >> int(self._shift)), self._last(end)
+        while at < last:
+            stop = min(last, (at // 8 + _BLOCK) * 8)
+            bits = np.unpackbits(self._bits[at // 8 : -(-stop // 8)], bitorder="little")
+            yield at, bits[at % 8 : at % 8 + stop - at]
+            at = stop
+
+    def _last(self, end: int | None) -> int:
+        return self._clusters if end is None else min(self._clusters, -(-end >> int(self._shift)))
 
     def _extent(self, start: int, end: int) -> tuple[int, int]:
         return start << int(self._shift), (end - start) << int(self._shift)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qedfs.image.geometry import MAX_TABLE_BYTES, Geometry
+from qedfs.image.geometry import MAX_TABLE_BYTES, MAX_TABLES, Geometry
 from qedfs.image.header import Feature, Header
 
 SMALL = Geometry(4096, 1)
@@ -103,62 +103,94 @@ _ROOM = LARGE.cluster_size
 _BEHIND = _ROOM + MAX_TABLE_BYTES
 _WIDE_BEHIND = WIDE.cluster_size + WIDE.table_bytes
 
-SAMPLES: dict[str, Sample] = {
-    "no tables, the largest disk": image(geometry=LARGE),
-    "no tables, the most of them": image(geometry=WIDE),
-    "the largest file": image(length=MAX_LENGTH, geometry=LARGE),
-    "the largest file of small clusters": image(length=MAX_LENGTH),
-    "a file as long as a check takes": image(length=1 << 42, size=1 << 20),
-    "a header of 16 TiB": image(header_size=(1 << 32) - 1),
-    "a header of 256 PiB": image(header_size=(1 << 32) - 1, geometry=Geometry(1 << 26, 1)),
-    "L1 at the end of the largest file": image(
+SAMPLES: dict[str, Callable[[], Sample]] = {
+    "no tables, the largest disk": lambda: image(geometry=LARGE),
+    "no tables, the most of them": lambda: image(geometry=WIDE),
+    "the largest file": lambda: image(length=MAX_LENGTH, geometry=LARGE),
+    "the largest file of small clusters": lambda: image(length=MAX_LENGTH),
+    "a file as long as a check takes": lambda: image(length=1 << 42, size=1 << 20),
+    "a header of 16 TiB": lambda: image(header_size=(1 << 32) - 1),
+    "a header of 256 PiB": lambda: image(header_size=(1 << 32) - 1, geometry=Geometry(1 << 26, 1)),
+    "L1 at the end of the largest file": lambda: image(
         l1_at=(1 << 63) - (1 << 26) - MAX_TABLE_BYTES, length=MAX_LENGTH, geometry=LARGE
     ),
-    "L1 of noise": image((_ROOM, _noise(1 << 20) * 64), geometry=LARGE),
-    "L1 of noise inside the largest file": image((_ROOM, _noise(1 << 20) * 64), geometry=LARGE, length=MAX_LENGTH),
-    "L1 full of itself": image((_ROOM, entries([_ROOM]) * LARGE.table_entries), geometry=LARGE),
-    "L1 full of the header": image((_ROOM, entries([0, 1, _ROOM // 2, 4096] * (1 << 21))), geometry=LARGE),
-    "L1 full of one sparse table": image(
+    "L1 of noise": lambda: image((_ROOM, _noise(1 << 20) * 64), geometry=LARGE),
+    "L1 of noise inside the largest file": lambda: image(
+        (_ROOM, _noise(1 << 20) * 64), geometry=LARGE, length=MAX_LENGTH
+    ),
+    "L1 full of itself": lambda: image((_ROOM, entries([_ROOM]) * LARGE.table_entries), geometry=LARGE),
+    "L1 full of the header": lambda: image((_ROOM, entries([0, 1, _ROOM // 2, 4096] * (1 << 21))), geometry=LARGE),
+    "L1 full of one sparse table": lambda: image(
         (_ROOM, entries([_BEHIND]) * LARGE.table_entries), geometry=LARGE, length=_BEHIND + MAX_TABLE_BYTES
     ),
-    "L1 full of one table of noise": image(
+    "L1 full of one table of noise": lambda: image(
         (_ROOM, entries([_BEHIND]) * LARGE.table_entries),
         (_BEHIND, _noise(1 << 20) * 64),
         geometry=LARGE,
     ),
-    "L1 full of one table of zero entries": image(
+    "L1 full of one table of zero entries": lambda: image(
         (WIDE.cluster_size, entries([_WIDE_BEHIND]) * WIDE.table_entries),
         (_WIDE_BEHIND, entries([1]) * WIDE.table_entries),
         geometry=WIDE,
     ),
-    "two million sparse tables": image(
+    "two million sparse tables": lambda: image(
         (WIDE.cluster_size, _spread(WIDE, _WIDE_BEHIND, WIDE.table_bytes)), geometry=WIDE, length=1 << 46
     ),
-    "eight million sparse tables": image(
+    "eight million sparse tables": lambda: image(
         (_ROOM, _spread(LARGE, _BEHIND, MAX_TABLE_BYTES)), geometry=LARGE, length=1 << 52
     ),
-    "a thousand tables of one entry each": image(
-        (_ROOM, _spread(LARGE, _BEHIND, MAX_TABLE_BYTES)[: 8 << 10]),
-        *((_BEHIND + i * MAX_TABLE_BYTES, entries([1])) for i in range(1 << 10)),
+    "tables of one entry each": lambda: image(
+        (_ROOM, _spread(LARGE, _BEHIND, MAX_TABLE_BYTES)[: 8 * 256]),
+        *((_BEHIND + i * MAX_TABLE_BYTES, entries([1])) for i in range(256)),
         geometry=LARGE,
         length=1 << 38,
     ),
-    "tables that overlap": image(
+    "tables that overlap": lambda: image(
         (_ROOM, _spread(LARGE, _BEHIND, LARGE.cluster_size)),
         (_BEHIND, _noise(1 << 20) * 16),
         geometry=LARGE,
         length=1 << 50,
     ),
-    "tables that name each other and L1": image(
+    "as many sparse tables as are accepted": lambda: image(
+        (_ROOM, _spread(LARGE, _BEHIND, MAX_TABLE_BYTES)[: 8 * MAX_TABLES]), geometry=LARGE, length=1 << 52
+    ),
+    "as many tables as are accepted, that overlap": lambda: image(
+        (_ROOM, _spread(LARGE, _BEHIND, LARGE.cluster_size)[: 8 * MAX_TABLES]),
+        (_BEHIND, _noise(1 << 20) * 16),
+        geometry=LARGE,
+        length=1 << 50,
+    ),
+    "one table under as many names as are accepted": lambda: image(
+        (_ROOM, entries([_BEHIND]) * MAX_TABLES),
+        (_BEHIND, _noise(1 << 20) * 64),
+        geometry=LARGE,
+    ),
+    "invalid names all over": lambda: image(
+        (_ROOM, entries([_BEHIND, _BEHIND + MAX_TABLE_BYTES])),
+        (_BEHIND, _noise(1 << 20) * 64),
+        geometry=LARGE,
+        length=_BEHIND + 2 * MAX_TABLE_BYTES,
+        features=Feature.NEED_CHECK,
+    ),
+    "every other cluster free": lambda: image(
+        (1 << 16, _spread(Geometry(1 << 16, 16), 1 << 24, 1 << 20)[: 16 * 8]),
+        (1 << 24, entries((1 << 25) + (1 << 17) * np.arange(1 << 21, dtype=np.uint64))),
+        geometry=Geometry(1 << 16, 16),
+        length=1 << 40,
+    ),
+    "tables that name each other and L1": lambda: image(
         (4096, entries([8192, 12288, 4096])),
         (8192, entries([12288, 8192, 4096, 0, 1] * 100)),
         (12288, entries([8192, 12288, 4096, 2, 1] * 100)),
         length=16384,
     ),
-    "tables of noise": image((4096, _spread(SMALL, 8192, 4096)), (8192, _noise(1 << 21))),
-    "small tables all over": image((4096, _spread(SMALL, 1 << 30, 1 << 31)), length=1 << 41),
-    "needs a check": image((_ROOM, _noise(1 << 20) * 64), geometry=LARGE, length=1 << 50, features=Feature.NEED_CHECK),
+    "tables of noise": lambda: image((4096, _spread(SMALL, 8192, 4096)), (8192, _noise(1 << 21))),
+    "small tables all over": lambda: image((4096, _spread(SMALL, 1 << 30, 1 << 31)), length=1 << 41),
+    "needs a check": lambda: image(
+        (_ROOM, _noise(1 << 20) * 64), geometry=LARGE, length=1 << 50, features=Feature.NEED_CHECK
+    ),
 }
+"""Made when they are wanted: some hold 64 MiB."""
 
 NAMES: dict[str, bytes] = {
     "NUL": b"base\0.raw",
@@ -166,10 +198,10 @@ NAMES: dict[str, bytes] = {
     "newline": b"a\nqedfs: all is well",
     "escape sequences": b"\x1b]0;x\x07\x1b[2J\x9b31m\xc2\x9b31m",
     "direction marks": "base\u202efdp.war".encode(),
-    "parents": b"../" * 1300 + b"etc/passwd",
+    "parents": b"../" * 1000 + b"nowhere",
     "invalid UTF-8": b"\xff\xfe\x80base",
     "as long as can be": b"x" * 4000,
-    "json": b'json:{"driver":"file","filename":"/etc/passwd"}',
+    "json": b'json:{"driver":"file","filename":"/nowhere"}',
     "deep json": b"json:" + b'{"file":' * 400,
     "an URL of nonsense": b"nbd://[::1%25\n]:99999999999/\x1b",
     "a socket of nonsense": b"nbd+unix:///\x07?socket=/x\x1b[2J",
