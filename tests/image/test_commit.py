@@ -339,7 +339,8 @@ async def test_links_survive_whatever_is_evicted_while_they_are_on_their_way() -
     """A table that is evicted and loaded again during a commit would have lost what the commit still writes."""
     storage, image = await new_image()
     await link(image, *(512 * i for i in range(6)))
-    await image.commit(durable=True)
+    await image.aclose()
+    image = await open_image(storage)
     image.tables._capacity = 1
     await link(image, 1)
     for i in range(1, 6):  # while its entry waits for a commit
