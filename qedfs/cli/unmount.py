@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -21,7 +22,7 @@ from qedfs.session.places import FILE_SYSTEM, real_mountpoint
 def command(mountpoint: str, lazy: bool) -> None:
     """Flush and unmount MOUNTPOINT; return when the serving process has closed its images and ended.
 
-    A busy mount stays; the error says who keeps it busy.
+    A busy mount stays; the error says who keeps it busy. A disk that could not be flushed is told, with exit status 1.
     """
     unmount(mountpoint, lazy=lazy)
 
@@ -30,7 +31,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount, and wait for the end of the server unless `lazy`. Shared with umount(8)'s helper.
 
     Raises:
-        MountError: it is no mount of ours, or is busy.
+        MountError: it is no mount of ours, or is busy; or it is unmounted now, but a disk could not be made durable.
     """
     mountpoint = real_mountpoint(mountpoint)
     mount = find_mount(mountpoint)
@@ -38,6 +39,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         raise MountError(mountpoint, "is not a qedfs mount")
     # Ordering: the server is found while it is certainly there; afterwards its pid may be another's.
     server = _open_server(mountpoint)
+    # Ordering: while there is somebody to answer. What the kernel writes back as it unmounts can fail without a word.
+    lost = [] if lazy else _flush(mountpoint)
     try:
         if not unmount_sync(mountpoint, lazy=lazy):
             raise MountError(mountpoint, f"is in use by {_holders(mountpoint)}")
@@ -48,6 +51,28 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     finally:
         if server is not None:
             os.close(server)
+    if lost:
+        raise MountError(mountpoint, f"is unmounted, but {'; '.join(lost)}")
+
+
+def _flush(mountpoint: str) -> list[str]:
+    """Make every disk durable; say of each that cannot be why, in the words of the server."""
+    failed = []
+    with contextlib.suppress(OSError):  # a dead server, or not ours to look into
+        for disk in sorted(os.scandir(mountpoint), key=lambda entry: entry.name):
+            try:
+                fd = os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                continue
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                newest = os.fsdecode(os.getxattr(fd, "user.qedfs.last_error"))
+                why = f"{os.strerror(error.errno or 0)}; last error: {newest or 'none'}"
+                failed.append(f"{disk.name} may have lost what was not flushed before ({why})")
+            finally:
+                os.close(fd)
+    return failed
 
 
 def _holders(mountpoint: str) -> str:

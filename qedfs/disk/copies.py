@@ -46,10 +46,7 @@ class Copies:
     async def watch_room(self) -> None:
         """Find out what is free now, and let copies resume when there is room again. Does not return."""
         while True:
-            try:
-                await self._look(0)
-            except LeafError as error:
-                self._note(error)
+            await self._look(0)
             if not self.full:
                 await self._stopped.wait()
             await trio.sleep(REST)

@@ -41,7 +41,7 @@ class Room:
         return True
 
     def observe(self, space: Space | None, length: int, now: float) -> None:
-        """Take in what a look has found (None: there is no file system to fill), before a copy of `length` bytes."""
+        """Take in what a look has found (None: nothing that could be told), before a copy of `length` bytes."""
         if not self._known:
             self._known = True
             self.reserve = _size(self._wanted, space) if space else 0

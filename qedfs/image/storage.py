@@ -92,7 +92,7 @@ class Storage(ABC):
         return min(offset, self.length()), self.length()
 
     async def space(self) -> Space | None:
-        """Return what room the file system under the file has; None where there is none to fill up."""
+        """Return what room the file system under the file has; None where nobody can tell, or there is none to fill up."""
         return None
 
     @abstractmethod
@@ -192,8 +192,8 @@ class FileStorage(Storage):
                 if stat.S_ISBLK(os.fstat(self.fd).st_mode):
                     return None
                 found = os.fstatvfs(self.fd)
-            except OSError as error:
-                raise self._error("its file system does not say what is free", error) from error
+            except OSError:  # a file system that does not say (ENOSYS): a write that finds no room will
+                return None
             return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 
         return await self._in_thread(look)
