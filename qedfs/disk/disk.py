@@ -7,6 +7,7 @@ under a claim. docs/concurrency.md says who may wait for whom, and why nothing i
 from __future__ import annotations
 
 import logging
+import mmap
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -38,8 +39,10 @@ LOG_PAUSE = 60.0
 """Seconds between two lines of the log about errors of one kind."""
 RETRY_COMMIT = 5.0
 """Seconds between attempts to commit when the leaf does not take it."""
-_SCRATCH = memoryview(bytearray(MAX_FETCH))
-"""Where `read_nowait` puts its bytes: one for the process, since it is used up before the next await."""
+_SCRATCH = memoryview(mmap.mmap(-1, MAX_FETCH))
+"""Where `read_nowait` puts its bytes: one for the process, since it is used up before the next await. It begins at a page:
+a bytearray begins 16 or 32 bytes into one, and then the processor takes each load of the copy from the page cache for
+dependent on the store before it (their addresses agree in the low 12 bits): 3.7 µs for 4 KiB instead of 2.1."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,14 @@ class Disk:
 
         The hot path. The view is valid until the next call of this method on any disk, so until the next await.
         """
-        if length > MAX_FETCH or pos + length > self.size:
+        image = self._image
+        if length > MAX_FETCH or pos + length > image.header.image_size:
             return None
-        offset = self._image.data_offset(pos, length)
+        offset = image.data_offset(pos, length)
         if offset < 0:
             return None
         view = _SCRATCH[:length]
-        return view if self._image.storage.read_nowait(offset, view) else None
+        return view if image.storage.read_nowait(offset, view) else None
 
     async def read(self, pos: int, length: int) -> bytes | bytearray | memoryview:
         """Return the bytes at `pos`, fewer or none where the disk ends.
