@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -18,10 +19,11 @@ from qedfs.backing.policy import Policy
 from qedfs.backing.resilient import Backing
 from qedfs.config import MountOptions
 from qedfs.disk.disk import Disk, open_disk
-from qedfs.errors import BackingChanged, LeafError, ReadOnly
+from qedfs.errors import BackingChanged, LeafError, ReadOnly, UsageError
 from qedfs.image.image import Image, open_image
 from qedfs.image.record import Pin, hash_name, short_tag
 from qedfs.image.storage import FileStorage, open_storage
+from qedfs.session.places import is_below
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,15 @@ class Terms:
         )
 
 
+class Admitted(NamedTuple):
+    """A disk, and the status of the open file behind it: not of its path, which may mean another file by now."""
+
+    disk: Disk
+    status: os.stat_result
+
+
 @asynccontextmanager
-async def admitted(path: str, terms: Terms) -> AsyncIterator[Disk]:
+async def admitted(path: str, terms: Terms) -> AsyncIterator[Admitted]:
     """Serve the image at `path` (absolute) as a disk while inside; leaving makes everything durable and closes it.
 
     Raises:
@@ -56,7 +65,8 @@ async def admitted(path: str, terms: Terms) -> AsyncIterator[Disk]:
         LeafError: it cannot be read; at leaving: what was written since the last flush may not be durable.
     """
     storage = await _open_storage(path, read_only=terms.options.read_only)
-    image = await _open_image(storage)
+    status = os.fstat(storage.fd)
+    image = await _open_image(storage, terms.mountpoint)
     # Ordering: the disk's copies end, then the image is committed and closed, then nobody reads the backing any more.
     async with AsyncExitStack() as opened:
         backing = _backing_of(image, storage, terms) if image.backing_name else None
@@ -65,7 +75,7 @@ async def admitted(path: str, terms: Terms) -> AsyncIterator[Disk]:
         opened.push_async_callback(_shielded, image.aclose)
         if backing and not image.record.hold:
             await _meet(image, backing, trust=terms.options.trust_backing)
-        yield await opened.enter_async_context(open_disk(image, backing, terms.options.disk))
+        yield Admitted(await opened.enter_async_context(open_disk(image, backing, terms.options.disk)), status)
 
 
 async def _shielded(close: Callable[[], Awaitable[None]]) -> None:
@@ -82,8 +92,11 @@ async def _open_storage(path: str, *, read_only: bool) -> FileStorage:
     return await open_storage(path, writable=False)
 
 
-async def _open_image(storage: FileStorage) -> Image:
+async def _open_image(storage: FileStorage, mountpoint: str) -> Image:
     try:
+        if is_below(real_path(storage.fd), mountpoint):
+            # Ordering: before it is read, as this process would wait for itself.
+            raise UsageError(storage.name, "lies in the mount itself")
         return await open_image(storage)
     except BaseException:
         await _shielded(storage.aclose)

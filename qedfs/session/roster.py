@@ -73,7 +73,7 @@ class Roster:
             raise UsageError(path, f"would be called {name}, as {self._served[name].path} is")
         served = self._served[name] = _Served(path, name, FileId(status.st_dev, status.st_ino))
         try:
-            await self._nursery.start(self._keep, served, status)
+            await self._nursery.start(self._keep, served)
         except BaseException as error:
             self._served.pop(name, None)
             raise _plain(error) from None
@@ -112,12 +112,12 @@ class Roster:
             del longer[-cut:]
             left_off += cut
 
-    async def _keep(
-        self, served: _Served, status: os.stat_result, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def _keep(self, served: _Served, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         leaf: Leaf | None = None
         try:
-            async with admitted(served.path, self._terms) as disk:
+            async with admitted(served.path, self._terms) as (disk, status):
+                if served.id != FileId(status.st_dev, status.st_ino):
+                    raise UsageError(served.path, "was replaced while it was being opened")
                 leaf = self._show(served, disk, status)
                 task_status.started()
                 await served.leaving.wait()

@@ -150,7 +150,7 @@ async def test_a_linked_leaf_does_not_move_its_relative_names_either(shared: Pat
     home = folder(shared / "home", MALLORY)
     leaf = link(home / "leaf.qed", await image(roots / "leaf.qed", "base.raw"), MALLORY)
     link(home / "base.raw", secret(shared / "shadow"), MALLORY)
-    async with admitted(str(leaf), Terms(MountOptions(), "/nowhere", ROOT)) as disk:
+    async with admitted(str(leaf), Terms(MountOptions(), "/nowhere", ROOT)) as (disk, _):
         assert bytes(await disk.read(0, 13)) == b"the real base"
 
 

@@ -54,7 +54,7 @@ class Leaves:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fail)
-            yield disk
+            yield disk, os.stat(path)
             nursery.cancel_scope.cancel()
         self.closed.append(path)
         if error := self.close_errors.get(path):
