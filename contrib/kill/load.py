@@ -1,8 +1,8 @@
 """The writers and readers of a kill round, each a process of its own.
 
-Run as `python -m contrib.kill.load FILE LEDGER SECTORS SALT`: for each line `SEED` on standard input it forks all of them,
-waits until every one has ended because the disk has gone, and prints one line of JSON: what they did, and what they saw
-that cannot be. Forking spares each round the start of four interpreters.
+Run as `python -m contrib.kill.load FILE LEDGER SECTORS SALT`: for each line `SEED SECONDS` on standard input it forks all of
+them, waits until every one has ended because the disk has gone, or because a SECONDS other than 0 have passed, and prints one
+line of JSON: who ended otherwise, and with which status. Forking spares each round the start of four interpreters.
 
 Pages take turns: of four neighbours one belongs to the buffered writer, one to the synchronous writer, one to the writer by
 mmap, and one is only read; so all of them meet in every cluster.
@@ -131,10 +131,11 @@ def _run(load: Callable[[Place], None], place: Place) -> int:
     return 4
 
 
-def _fork(load: Callable[[Place], None], place: Place) -> int:
+def _fork(load: Callable[[Place], None], place: Place, seconds: float) -> int:
     pid = os.fork()
     if pid:
         return pid
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     status = 5
     try:
         status = _run(load, place)
@@ -145,15 +146,17 @@ def _fork(load: Callable[[Place], None], place: Place) -> int:
 def main(path: Path, ledger_path: Path, sectors: int, salt: int) -> None:
     """Serve loads until standard input ends."""
     for line in sys.stdin:
+        seed, seconds = line.split()
         ledger = Ledger(ledger_path, sectors, salt)
         pids = {
-            _fork(load, Place(path, ledger, sectors, int(line) * len(LOADS) + i)): name
+            _fork(load, Place(path, ledger, sectors, int(seed) * len(LOADS) + i), float(seconds)): name
             for i, (name, load) in enumerate(LOADS.items())
         }
         complaints = {}
         for pid, name in pids.items():
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            if status != 0 and not (name == "mapped" and status == -signal.SIGBUS):
+            expected = [-signal.SIGALRM] if float(seconds) else [0, -signal.SIGBUS] if name == "mapped" else [0]
+            if status not in expected:
                 complaints[name] = status
         print(json.dumps(complaints), flush=True)
 

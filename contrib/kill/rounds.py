@@ -1,8 +1,9 @@
 """Rounds of `mount, load, kill -9, check, judge` on one leaf over an NBD server that takes its time.
 
-After every kill: the loads have ended with an error, the dead mount is detached, `qemu-img check` finds leaked clusters at
-most, the leaf can be mounted again at once (so its locks are gone), and every sector reads as the ledger allows. At the
-end the leaf is unmounted in good order, checked once more, and read by QEMU, which must agree.
+The kill comes in the midst of the load, or after it, while the server ends in good order. After every kill: the loads have
+ended, the dead mount is detached, `qemu-img check` finds leaked clusters at most, the leaf can be mounted again at once (so
+its locks are gone), and every sector reads as the ledger allows. At the end the leaf is unmounted in good order, checked
+once more, and read by QEMU, which must agree.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ CHUNK = 1 << 20
 REQUESTS_PER_SECOND = 1000
 """Of the server of the backing."""
 LOAD_SECONDS = (0.0, 0.6)
-"""Between which the load is killed."""
+"""Between which the server is killed after the start of the load."""
+ENDING = 4
+"""Every so many rounds the kill meets the server as it writes back, commits and closes."""
+END_SECONDS = (0.0, 0.2)
+"""Between which it is killed after it was asked to end."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +121,18 @@ class _Rounds:
         with _mounted(self._plan.serve, self._leaf, self._point) as server:
             self._judge_all()
             before = int(self._ledger.issued.sum())
-            self._loads.start(self._plan.seed * 1000 + number)
-            time.sleep(self._random.uniform(*LOAD_SECONDS))
-            server.kill()
+            seed, seconds = self._plan.seed * 1000 + number, self._random.uniform(*LOAD_SECONDS)
+            if number % ENDING == ENDING - 1:
+                complaints = self._loads.run(seed, max(seconds, 0.001))
+                server.terminate()
+                time.sleep(self._random.uniform(*END_SECONDS))
+                server.kill()
+            else:
+                self._loads.start(seed)
+                time.sleep(seconds)
+                server.kill()
+                complaints = self._loads.ended()
             server.wait()
-            complaints = self._loads.ended()
         self.report.issued += int(self._ledger.issued.sum()) - before
         self.report.acknowledged += int(self._ledger.acknowledged.sum()) - before
         self._check()
@@ -180,13 +192,19 @@ class _Loads:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def start(self, seed: int) -> None:
+    def start(self, seed: int, seconds: float = 0) -> None:
+        """Start all loads, for some seconds or until the disk goes."""
         assert self._process.stdin
-        self._process.stdin.write(f"{seed}\n")
+        self._process.stdin.write(f"{seed} {seconds}\n")
         self._process.stdin.flush()
 
+    def run(self, seed: int, seconds: float) -> dict[str, int]:
+        """Run all loads for some seconds; they end in the middle of what they do. Return as `ended`."""
+        self.start(seed, seconds)
+        return self.ended()
+
     def ended(self) -> dict[str, int]:
-        """Return who ended otherwise than by the end of the disk, and how."""
+        """Return who ended otherwise than they should, and how."""
         assert self._process.stdout
         if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
             raise Violation("a load hangs on the dead mount")

@@ -18,6 +18,7 @@ from contrib.kill.stamps import Violation
 ROUNDS = int(os.environ.get("QEDFS_KILL_ROUNDS", "50"))
 
 
+@pytest.mark.timeout(240)  # a batch takes some 15 seconds on an idle machine
 @pytest.mark.parametrize("plan", [*plans(ROUNDS, seed=1)], ids=lambda plan: f"{plan.cluster_size}-seed{plan.seed}")
 def test_nothing_acknowledged_is_lost_by_kill(plan: Plan, tmp_path: Path) -> None:
     report = run_rounds(plan, tmp_path)
