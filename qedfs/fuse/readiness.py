@@ -7,8 +7,8 @@ two are others:
 
 - waiting asks `poll(0)` first, then, while requests follow each other closely, asks again for a few microseconds, and
   only then parks in the event loop;
-- the lock is a flag, with a pass through the event loop at every eighth acquire, so that sockets, timers and threads
-  are served under any load.
+- the lock is a flag, with a pass through the event loop every half millisecond, so that sockets, timers and threads are
+  served under any load.
 
 Where pyfuse3 does not look like this any more, everything works as before, only slower.
 """
@@ -26,9 +26,9 @@ from typing import Any
 import pyfuse3
 import trio
 
-CHECKPOINT_INTERVAL = 8
-"""Waits per pass through the event loop. Measured at queue depth 16: with 1 the rate is half, beyond 8 it hardly
-grows, and without any pass other tasks wait for 0.4 s."""
+LOOP_INTERVAL = 500e-6
+"""Seconds between passes through the event loop while requests keep coming: the longest that sockets, timers and threads
+wait for their turn. A pass costs 20 to 25 µs, as much as a small request; without any, other tasks waited for 0.4 s."""
 
 _PARK_COST = 40e-6
 """Seconds from the arrival of a request to the end of a wait that was parked in the event loop."""
@@ -120,15 +120,16 @@ class ShortLock:
     not run yet. pyfuse3's workers are equals, so only the work counts, not who does it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._held = False
-        self._acquires = 0
+        self._clock = clock
+        self._next_pass = 0.0
         self._waiting = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> None:
-        self._acquires += 1
-        if not self._acquires % CHECKPOINT_INTERVAL:
+        if self._clock() >= self._next_pass:
             await trio.lowlevel.checkpoint()
+            self._next_pass = self._clock() + LOOP_INTERVAL
         while self._held:
             await self._waiting.park()
         self._held = True
