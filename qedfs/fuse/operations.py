@@ -11,14 +11,14 @@ import errno
 import os
 import platform
 from collections.abc import Sequence
-from typing import cast
+from typing import Any
 
 import pyfuse3
 import trio
 
 from qedfs.config import DirectIO
 from qedfs.errors import LeafError
-from qedfs.fuse.boundary import answered
+from qedfs.fuse.boundary import answered, failure
 from qedfs.tree.errors import NotPermitted
 from qedfs.tree.tree import ROOT, Status, Tree
 
@@ -61,20 +61,26 @@ class Operations(pyfuse3.Operations):
 
     # --- the hot path -------------------------------------------------------------------------------------------
 
-    @answered
-    async def read(self, fh: int, off: int, size: int) -> bytes:
-        disk = self._disks[fh]
-        # INVARIANT: the view is a buffer that the disk uses again. pyfuse3 (handlers.pxi, fuse_read_async) copies it
-        # into the kernel right after this coroutine returns, without an await in between.
-        data = disk.read_nowait(off, size)
-        return cast(bytes, data if data is not None else await disk.read(off, size))
+    # Without the decorator: its coroutine would cost as much as the look-up.
 
-    @answered
+    async def read(self, fh: int, off: int, size: int) -> Any:
+        try:
+            disk = self._disks[fh]
+            # INVARIANT: the view is a buffer that the disk uses again. pyfuse3 (handlers.pxi, fuse_read_async) copies it
+            # into the kernel right after this coroutine returns, without an await in between.
+            data = disk.read_nowait(off, size)
+            return await disk.read(off, size) if data is None else data
+        except Exception as error:
+            raise failure(error, "read") from error
+
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        disk = self._disks[fh]
-        if not disk.write_nowait(off, buf):
-            await disk.write(off, buf)
-        return len(buf)
+        try:
+            disk = self._disks[fh]
+            if not disk.write_nowait(off, buf):
+                await disk.write(off, buf)
+            return len(buf)
+        except Exception as error:
+            raise failure(error, "write") from error
 
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         # The kernel asks for this before every write, so the answer does not even pass the boundary.

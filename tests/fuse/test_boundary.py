@@ -60,7 +60,14 @@ async def test_a_cancellation_passes() -> None:
 
 
 def test_every_handler_that_can_fail_is_answered() -> None:
-    """`init` and `forget` have no request to answer and no way to fail; `getxattr` calls another one that is."""
+    """`init` and `forget` have no request to answer and no way to fail; `getxattr` calls another one that is, and the hot
+    path answers by itself (test_mounted_files shows a defect there)."""
     handlers = {name: value for name, value in vars(Operations).items() if hasattr(pyfuse3.Operations, name)}
     ours = {name for name, value in handlers.items() if callable(value) and not name.startswith("__")}
-    assert {name for name in ours if not hasattr(handlers[name], "__wrapped__")} == {"init", "forget", "getxattr"}
+    assert {name for name in ours if not hasattr(handlers[name], "__wrapped__")} == {
+        "init",
+        "forget",
+        "getxattr",
+        "read",
+        "write",
+    }
