@@ -99,6 +99,10 @@ class BackingUnavailable(BackingError):
     """May pass: the backing does not answer now. Worth another try."""
 
 
+class BackingLocked(BackingUnavailable):
+    """May pass: somebody has the backing open for writing. At mount it is a refusal all the same."""
+
+
 class BackingRefused(BackingError):
     """Final: the backing does not exist, may not be used, or says nonsense. No retry helps."""
 

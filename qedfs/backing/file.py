@@ -18,7 +18,15 @@ import trio
 
 from qedfs.backing.base import Extent, Identity, Source, merged
 from qedfs.backing.credentials import call_as
-from qedfs.errors import BackingChanged, BackingError, BackingRefused, BackingUnavailable, Locked, NotAllowed
+from qedfs.errors import (
+    BackingChanged,
+    BackingError,
+    BackingLocked,
+    BackingRefused,
+    BackingUnavailable,
+    Locked,
+    NotAllowed,
+)
 from qedfs.image.locks import lock_for_reading
 
 T = TypeVar("T")
@@ -45,7 +53,8 @@ class Found:
 class FileSource(Source):
     """An open file. Made by `open_file`."""
 
-    def __init__(self, fd: int, name: str) -> None:
+    def __init__(self, fd: int, name: str, *, steady: bool = True) -> None:
+        """`steady`: the file is not to change while it is open; if it does, no byte of the new content is given out."""
         self.name = name
         self.path = real_path(fd)
         self.status = os.fstat(fd)
@@ -53,6 +62,7 @@ class FileSource(Source):
         regular = stat.S_ISREG(self.status.st_mode)
         self.identity = Identity(self.size, f"mtime:{self.status.st_mtime_ns}" if regular else "")
         self._fd = fd
+        self._steady = steady and regular
         self._may_have_holes = regular
         self._limiter = trio.CapacityLimiter(THREADS)
         self._users = 0
@@ -68,6 +78,8 @@ class FileSource(Source):
                 raise _translated(self.name, "cannot be read", error) from error
         if done < len(buffer):
             await self._in_thread(lambda: self._read_all(pos + done, buffer[done:]))
+        else:
+            self._check_unchanged()
 
     async def extents(self, pos: int, length: int) -> list[Extent]:
         self._check_open()
@@ -93,6 +105,17 @@ class FileSource(Source):
                 pos, buffer = pos + count, buffer[count:]
         except OSError as error:
             raise _translated(self.name, "cannot be read", error) from error
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        """Refuse what was just read if it may be of another content than the one that was opened.
+
+        Locks keep QEMU and us from writing a file that is open here, but not `cp`. On the event loop this is asked only
+        of file systems that read from memory without waiting, so it does not wait either.
+        """
+        now = os.fstat(self._fd)
+        if self._steady and (now.st_size, now.st_mtime_ns) != (self.size, self.status.st_mtime_ns):
+            raise BackingChanged(self.name, "has been changed while it was in use")
 
     def _seek_holes(self, pos: int, length: int) -> list[Extent]:
         end = pos + length
@@ -109,6 +132,7 @@ class FileSource(Source):
                 raise _translated(self.name, "cannot be read", error) from error
             extents += Extent(data - pos, True), Extent(hole - data, False)
             pos = hole
+        self._check_unchanged()
         return merged([*extents, Extent(end - pos, False)])
 
     def _seek(self, pos: int, whence: int, end: int) -> int:
@@ -147,7 +171,8 @@ async def open_file(
     is looked up and opened with the rights of that user.
 
     Raises:
-        BackingRefused: no such file, no permission, a file of another kind, or open for writing elsewhere.
+        BackingRefused: no such file, no permission, or a file of another kind.
+        BackingLocked: somebody has it open for writing.
         BackingUnavailable: the file system does not answer as it should.
     """
     return await trio.to_thread.run_sync(_open, path, admit, user)
@@ -160,7 +185,7 @@ def _open(path: str, admit: Callable[[Found], None], user: int | None) -> FileSo
         return FileSource(fd, path)
     except Locked as error:
         os.close(fd)
-        raise BackingRefused(error.what, error.why) from error
+        raise BackingLocked(error.what, error.why) from error
     except OSError as error:
         os.close(fd)
         raise _translated(path, "cannot be opened", error) from error

@@ -87,6 +87,8 @@ def masked(name: str) -> str:
         return "json:{…}"
     if not _PROTOCOL.match(name):
         return name
+    # A password may hold a '/', '?' or '#' that should have been quoted: what is no port after a ':' is taken for one.
+    name = re.sub(r"//[^/?#@\[]*:(?!\d*(?:[/?#]|$)).*@", "//***@", name, flags=re.DOTALL)
     name = re.sub(r"//[^/?#]*@", "//***@", name)
     # A unix socket's path is no secret, and without it nobody knows which server is meant.
     if re.fullmatch(r"nbds?\+unix:///[^?]*\?socket=[^&]*", name, re.IGNORECASE):

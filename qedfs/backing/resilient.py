@@ -98,6 +98,8 @@ class Backing:
         self._bytes_read = 0
         self._last_error = ""
         self._last_error_time: float | None = None
+        self.failure: QedfsError | None = None
+        """Why the last attempt to connect failed, in a way that may pass; None once something was answered."""
 
     @property
     def format(self) -> str:
@@ -285,6 +287,7 @@ class Backing:
         now = trio.current_time()
         self._successes += 1
         self._failures = 0
+        self.failure = None
         self._state = BackingState.HEALTHY
         # The others' time begins anew: what answers is alive. Not at each answer, for there may be many.
         if now - self._extended_at > self._stall / 30:
@@ -294,6 +297,7 @@ class Backing:
         self._owing_since = now if self._attempts else None
 
     def _failed(self, error: QedfsError) -> None:
+        self.failure = error
         self._failures += 1
         self._not_before = trio.current_time() + self._pause_after(self._failures)
         self._note(error, BackingState.UNAVAILABLE)

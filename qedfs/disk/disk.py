@@ -123,7 +123,7 @@ class Disk:
         try:
             return await self._read(pos, length)
         except QedfsError as error:
-            self._note(error)
+            self.note(error)
             raise
 
     async def _read(self, pos: int, length: int) -> bytes | bytearray | memoryview:
@@ -231,7 +231,7 @@ class Disk:
             if self._image.urgent:
                 await self._image.commit(durable=False)
         except QedfsError as error:
-            self._note(error)
+            self.note(error)
             raise
 
     async def flush(self) -> None:
@@ -245,7 +245,7 @@ class Disk:
         try:
             await self._image.commit(durable=True)
         except LeafError as error:
-            self._note(error)
+            self.note(error)
             raise
 
     async def grow(self, size: int, *, at_least: bool = False) -> None:
@@ -310,7 +310,7 @@ class Disk:
                     if run.state is State.BACKING:
                         await self._populate(run)
         except QedfsError as error:
-            self._note(error)
+            self.note(error)
         finally:
             slots.release()
 
@@ -367,7 +367,8 @@ class Disk:
             for i in range(parts)
         ]
 
-    def _note(self, error: QedfsError) -> None:
+    def note(self, error: QedfsError) -> None:
+        """Show `error` as the newest one, and say it in the log if it is news."""
         self._error, self._error_time = error, time.time()
         # Once, however many requests meet it: a damaged table may have a different error for each of its clusters.
         logged, at = self._logged.get(type(error), ("", -LOG_PAUSE))
@@ -421,7 +422,7 @@ class Disk:
             try:
                 await self._image.commit(durable=False)
             except LeafError as error:
-                self._note(error)
+                self.note(error)
                 if self._image.committer.failed is not None:
                     return
                 await trio.sleep(RETRY_COMMIT)
@@ -430,7 +431,7 @@ class Disk:
         try:
             await self._image.survey()
         except LeafError as error:
-            self._note(error)
+            self.note(error)
 
     async def _run(self, task_status: trio.TaskStatus[Disk]) -> None:
         async with trio.open_nursery() as nursery:

@@ -126,5 +126,5 @@ def decode(sector: bytes) -> Record | Damage:
         fields = json.loads(text)
         pins = tuple(Pin(str(h), str(f), int(size), str(tag)) for h, f, size, tag in fields.get("pins", ()))
         return Record(str(fields.get("mode", "")), bool(fields.get("hold")), pins)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return Damage.BROKEN

@@ -19,6 +19,7 @@ from qedfs.nbd.constants import DEFAULT_PORT, MAX_STRING
 from qedfs.nbd.errors import AddressInvalid
 
 _SCHEME = re.compile(r"nbds?(\+[a-z0-9.+-]*)?:", re.IGNORECASE)
+_HOST = re.compile(r"[\w.-]+|[0-9a-f:.]+(%[\w.-]+)?", re.IGNORECASE)
 _SPELLINGS = "nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH, nbd:HOST:PORT or nbd:unix:PATH"
 _MAX_SOCKET_PATH = 107
 """Bytes of a unix socket's path on Linux (`sun_path` without its NUL)."""
@@ -123,6 +124,9 @@ def _check(address: NbdAddress) -> None:
     if "\0" in address.export + (address.host or "") + (address.socket or ""):
         raise ValueError("contains a NUL character")
     if address.socket is None:
+        # Other characters could make the canonical URI look like that of another host.
+        if not _HOST.fullmatch(address.host or ""):
+            raise ValueError("the host is no name or address")
         if not 0 < address.port <= 65535:
             raise ValueError(f"the port {address.port} is not between 1 and 65535")
     elif not address.socket:

@@ -11,6 +11,7 @@ import trio
 from qedfs.backing.location import FileLocation, Location, masked, parse_location
 from qedfs.errors import QedfsError
 from qedfs.image import header as headers
+from qedfs.image import record as records
 from qedfs.image.header import Header
 from qedfs.image.image import Image
 from qedfs.image.record import Pin, Record
@@ -198,12 +199,14 @@ def info_text(description: Description) -> str:
         lines.append(f"warning: {description.problem}")
     if description.backing_name:
         lines.append(f"backing: {description.backing_name}")
-        lines.append(f"backing pin: {_pin_text(pin)}")
+        lines.append(f"backing pin: {_pin_text(pin, has_room=records.fits(header))}")
         lines += [f"chain {number}: {_level_text(level)}" for number, level in enumerate(description.chain, 1)]
     return "\n".join(lines)
 
 
-def _pin_text(pin: Pin | None) -> str:
+def _pin_text(pin: Pin | None, *, has_room: bool) -> str:
+    if not has_room:
+        return "warning: its header has no room for one; a backing that changes will go unnoticed"
     if pin is None:
         return "none yet (the first writable mount sets it)"
     return f"{pin.format}, {exact_size_text(pin.size)}" + (f", {pin.tag}" if pin.tag else "")

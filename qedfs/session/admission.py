@@ -19,7 +19,16 @@ from qedfs.backing.policy import Policy
 from qedfs.backing.resilient import Backing
 from qedfs.config import MountOptions
 from qedfs.disk.disk import Disk, open_disk
-from qedfs.errors import BackingChanged, LeafError, ReadOnly, UsageError
+from qedfs.errors import (
+    BackingChanged,
+    BackingLocked,
+    BackingRefused,
+    ImageError,
+    LeafError,
+    QedfsError,
+    ReadOnly,
+    UsageError,
+)
 from qedfs.image.image import Image, open_image
 from qedfs.image.record import Pin, hash_name, short_tag
 from qedfs.image.storage import FileStorage, open_storage
@@ -30,6 +39,12 @@ log = logging.getLogger(__name__)
 PATIENCE = 2.0
 """Seconds that a mount waits for each backing, to find out whether it is the right one. A leaf whose backing does not
 answer is served all the same, and must not keep the caller waiting."""
+
+
+DAMAGED = (
+    "qedfs's record in the header is damaged: mode, hold and what the backing was are not known (-o trust_backing)"
+)
+NO_ROOM = "no room in its header to note what its backing is; a change will go unnoticed"
 
 
 @dataclass(frozen=True)
@@ -73,9 +88,13 @@ async def admitted(path: str, terms: Terms) -> AsyncIterator[Admitted]:
         if backing:
             opened.push_async_callback(_shielded, backing.aclose)
         opened.push_async_callback(_shielded, image.aclose)
+        warnings: list[QedfsError] = [ImageError(image.name, DAMAGED)] if image.record_damaged else []
         if backing and not image.record.hold:
-            await _meet(image, backing, trust=terms.options.trust_backing)
-        yield Admitted(await opened.enter_async_context(open_disk(image, backing, terms.options.disk)), status)
+            warnings += await _meet(image, backing, trust=terms.options.trust_backing)
+        disk = await opened.enter_async_context(open_disk(image, backing, terms.options.disk))
+        for warning in warnings:
+            disk.note(warning)
+        yield Admitted(disk, status)
 
 
 async def _shielded(close: Callable[[], Awaitable[None]]) -> None:
@@ -119,8 +138,11 @@ def _backing_of(image: Image, storage: FileStorage, terms: Terms) -> Backing:
     )
 
 
-async def _meet(image: Image, backing: Backing, *, trust: bool) -> None:
-    """Find out whether the backing is the right one, and remember what it is at the first writable mount."""
+async def _meet(image: Image, backing: Backing, *, trust: bool) -> list[QedfsError]:
+    """Find out whether the backing is the right one, and remember what it is at the first writable mount.
+
+    Returns what `last_error` should show.
+    """
     identity: Identity | None = None
     with trio.move_on_after(PATIENCE):
         try:
@@ -128,19 +150,24 @@ async def _meet(image: Image, backing: Backing, *, trust: bool) -> None:
         except BackingChanged as error:
             raise BackingChanged(error.what, f"{error.why} (accepted by '-o trust_backing')") from error
     if identity is None:
+        if isinstance(backing.failure, BackingLocked):
+            raise BackingRefused(backing.failure.what, backing.failure.why)
         why = backing.statistics().last_error or f"{backing.name}: does not answer"
         log.warning("%s; until it is reached only what is local can be read", why)
+    elif image.record_damaged and not trust:
+        pass  # what the backing was is not known any more, and that it is the same now is for a person to say
     elif image.storage.writable and (trust or not image.record.pin_of(image.backing_name)):
-        await _pin(image, Pin(hash_name(image.backing_name), backing.format, identity.size, short_tag(identity.tag)))
+        return await _pin(
+            image, Pin(hash_name(image.backing_name), backing.format, identity.size, short_tag(identity.tag))
+        )
+    return []
 
 
-async def _pin(image: Image, pin: Pin) -> None:
+async def _pin(image: Image, pin: Pin) -> list[QedfsError]:
     if image.record.pins == (pin,):
-        return
+        return []
     try:
         stored = await image.set_record(image.record.pinned(pin))
     except LeafError as error:
-        log.warning("%s", error)
-    else:
-        if not stored:
-            log.warning("%s: no room in its header to note what its backing is; a change will go unnoticed", image.name)
+        return [error]
+    return [] if stored else [ImageError(image.name, NO_ROOM)]

@@ -13,7 +13,7 @@ from qedfs.backing.base import Source
 from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.location import masked
 from qedfs.backing.policy import Policy
-from qedfs.errors import BackingUnavailable, UsageError
+from qedfs.errors import BackingLocked, BackingUnavailable, UsageError
 from qedfs.image.create import create_leaf
 from qedfs.image.geometry import SECTOR, Geometry
 from qedfs.image.header import Header
@@ -92,8 +92,8 @@ async def rebase(path: str, backing: str, format: str | None, *, force: bool) ->
                 await _refuse_other_size(path, source)
             named, pin = (backing, source.format == "raw"), _pin(backing, source)
             return await rebase_image(await open_storage(path, writable=True), backing=named, pin=pin, force=force)
-    except BackingUnavailable:
-        if not force or format is None:
+    except BackingUnavailable as error:
+        if not force or format is None or isinstance(error, BackingLocked):
             raise
     named = (backing, format == "raw")
     return await rebase_image(await open_storage(path, writable=True), backing=named, pin=None, force=force)

@@ -72,7 +72,7 @@ async def _open(service: Service) -> Source:
 
 def _open_mounted(path: str) -> Source:
     try:
-        return FileSource(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
+        return FileSource(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, steady=False)
     except OSError as error:
         raise UsageError(path, f"cannot be opened ({os.strerror(error.errno or 0)})") from error
 

@@ -15,7 +15,7 @@ from qedfs.backing import file as file_module
 from qedfs.backing.base import Extent, Identity
 from qedfs.backing.credentials import call_as
 from qedfs.backing.file import Found, open_file
-from qedfs.errors import BackingChanged, BackingRefused, BackingUnavailable, NotAllowed
+from qedfs.errors import BackingChanged, BackingLocked, BackingRefused, BackingUnavailable, NotAllowed
 from qedfs.image.locks import lock_for_reading, lock_for_writing
 from tests.backing.samples import KIB, MIB, random_bytes
 
@@ -75,7 +75,7 @@ async def test_nobody_may_write_a_backing_that_is_open(path: Path) -> None:
 async def test_a_file_open_for_writing_elsewhere_is_no_backing(path: Path) -> None:
     with open(path, "r+b") as writer:
         lock_for_writing(writer.fileno(), "writer")
-        with pytest.raises(BackingRefused, match=r"base\.raw: somebody else has it open for writing"):
+        with pytest.raises(BackingLocked, match=r"base\.raw: somebody else has it open for writing"):
             await open_file(str(path))
     await (await open_file(str(path))).aclose()
 

@@ -261,9 +261,9 @@ async def test_a_relative_name_begins_in_the_folder_of_the_image_that_names_it(t
     (tmp_path / "a:b.raw").write_bytes(random_bytes(MIB))
     image = make_qed(tmp_path / "sub" / "i.qed", "-u", "-b", "../a:b.raw", "-F", "raw", "1M")
     assert await content_of(image) == random_bytes(MIB) == content_by_qemu(image)
+    # Not as QEMU has it: whoever can make a link to an image would choose what lies beside it.
     (tmp_path / "link.qed").symlink_to(image)
-    with pytest.raises(BackingRefused, match=r"a:b\.raw: cannot be opened"):
-        await content_of(tmp_path / "link.qed")
+    assert await content_of(tmp_path / "link.qed") == random_bytes(MIB)
 
 
 async def test_reads_across_the_spans_of_two_tables(tmp_path: Path) -> None:  # 41

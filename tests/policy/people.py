@@ -79,11 +79,11 @@ async def start_of(source: Source, length: int = len(SECRET)) -> bytes:
 
 
 @asynccontextmanager
-async def served(path: Path) -> AsyncIterator[str]:
-    """Serve the bytes of a file by NBD on loopback; the address comes out."""
+async def served(path: Path, port: int = 0) -> AsyncIterator[str]:
+    """Serve the bytes of a file by NBD on loopback, at a free port or at `port`; the address comes out."""
     source = await open_file(str(path))
     try:
-        listeners = await open_tcp_listeners("127.0.0.1", 0)
+        listeners = await open_tcp_listeners("127.0.0.1", port)
         async with trio.open_nursery() as nursery:
             await nursery.start(lambda task_status: serve(source, listeners, name="x", task_status=task_status))
             yield f"nbd://127.0.0.1:{listeners[0].socket.getsockname()[1]}/x"
