@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 
+import numpy as np
+import numpy.typing as npt
 import trio
 
 from qedfs.image.geometry import SECTOR
+from qedfs.image.tables import UNALLOCATED, as_array
 
 ENTRIES_PER_SECTOR = SECTOR // 8
 
@@ -46,6 +49,11 @@ class Table:
             self.entries[i] = offset
             offset += step
         self.dirty.update(range(first // ENTRIES_PER_SECTOR, (first + count - 1) // ENTRIES_PER_SECTOR + 1))
+
+    def clear(self, places: npt.NDArray[np.intp]) -> None:
+        """Set the entries at `places` to unallocated, and mark them."""
+        as_array(self.entries)[places] = UNALLOCATED
+        self.dirty.update(np.unique(places // ENTRIES_PER_SECTOR).tolist())
 
     def sector(self, number: int) -> memoryview:
         """Return the entries of one sector, as bytes of the live table."""

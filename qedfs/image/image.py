@@ -25,6 +25,7 @@ from qedfs.image.commit import Committer
 from qedfs.image.geometry import MAX_IMAGE_SIZE, SECTOR
 from qedfs.image.header import Feature, Header
 from qedfs.image.record import Damage, Record
+from qedfs.image.sparse import read_sparse
 from qedfs.image.storage import Storage
 from qedfs.image.stored import StoredTables, read_l1
 from qedfs.image.survey import Survey
@@ -55,7 +56,7 @@ class Image:
     """An open image. Made by `open_image`; `name` is for messages."""
 
     def __init__(
-        self, storage: Storage, name: str, header: Header, record: Record | Damage, backing_name: str, l1: bytearray
+        self, storage: Storage, name: str, header: Header, record: Record | Damage, backing_name: str, l1: memoryview
     ) -> None:
         self.storage = storage
         self.name = name
@@ -173,14 +174,14 @@ class Image:
     async def local_below(self, bounds: list[int]) -> list[int]:
         """Return for each of `bounds` (positions on the disk) how many bytes before it need no backing.
 
-        Raises `CorruptEntry` and `LeafError` when a table cannot be had.
+        Of a damaged L1 table, invalid entries and further names of one table do not count. Raises `LeafError`.
         """
         wanted = np.array(bounds, dtype=np.int64)
         total = np.zeros_like(wanted)
         cluster_size = self.geometry.cluster_size
         stored = self.stored()
         # A table in memory may hold more than the file does.
-        for index in {*await stored.in_order(), *(table.index for table in self.tables)}:
+        for index in {*await stored.once(), *(table.index for table in self.tables)}:
             below = wanted - index * self.geometry.span
             table = self.tables.get(index)
             if table is not None:
@@ -347,8 +348,7 @@ class Image:
         """Set the entries at `places` of a table to unallocated."""
         table = await self._load(index)
         assert table is not None
-        for place in places.tolist():
-            table.set(place, 1, UNALLOCATED, 0)
+        table.clear(places)
         table.valid = self._sound(table.entries)
         self._dirtied += 1
         if self._dirtied * self.geometry.table_bytes > MAX_DIRTY_BYTES:
@@ -442,7 +442,7 @@ class Image:
             offset, self.header.room, self.allocator.end
         ) or self.allocator.is_forbidden(offset, self.geometry.table_bytes):
             raise CorruptEntry(self.name, f"L1 table entry {index} is invalid ({offset:#x})")
-        entries = as_entries(await self.storage.read(offset, self.geometry.table_bytes))
+        entries = as_entries(await read_sparse(self.storage, offset, self.geometry.table_bytes))
         return Table(index, offset, entries, valid=self._sound(entries), named=True)
 
     async def _make_table(self, index: int) -> Table:

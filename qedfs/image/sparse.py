@@ -56,14 +56,14 @@ async def pieces(storage: Storage, offset: int, end: int) -> AsyncGenerator[tupl
         offset += len(piece)
 
 
-async def read_sparse(storage: Storage, offset: int, length: int) -> bytearray:
-    """Return `length` bytes, whole sectors; of the memory for them only what holds data is ever touched.
+async def read_sparse(storage: Storage, offset: int, length: int) -> memoryview:
+    """Return `length` writable bytes, whole sectors; of the memory for them only what holds data is ever touched.
 
     Raises:
         LeafError: the file cannot be read.
     """
-    # Fresh memory of this size is zeros that the system has not given room to yet.
-    buffer = bytearray(length)
+    # Unlike a bytearray's, this memory is zeros that the system gives no room to before they are written.
+    buffer = np.zeros(length, dtype=np.uint8).data
     end = offset + length
     pos = offset
     while pos < end:
@@ -71,6 +71,6 @@ async def read_sparse(storage: Storage, offset: int, length: int) -> bytearray:
         start, stop = max(pos, start // SECTOR * SECTOR), min(end, stop)
         if start >= stop:
             break
-        await storage.read_into(start, memoryview(buffer)[start - offset : stop - offset])
+        await storage.read_into(start, buffer[start - offset : stop - offset])
         pos = stop
     return buffer

@@ -139,7 +139,7 @@ class StoredTables:
         return int(np.argmax(invalid)) if invalid.any() else entries.size
 
 
-async def read_l1(storage: Storage, header: Header) -> bytearray:
+async def read_l1(storage: Storage, header: Header) -> memoryview:
     """Return the L1 table.
 
     Raises:

@@ -128,9 +128,9 @@ def test_a_backing_given_on_the_command_line_may_hold_anything(judge: Judge, tmp
     leaf = tmp_path / "leaf.qed"
     overlay(leaf, "base.raw", raw=True)
     new = tmp_path / "new.qed"
-    for arguments in (["create", "-b", backing, new], ["rebase", "-b", backing, leaf]):
+    for command, path in (("create", new), ("rebase", leaf)):
         before = state(leaf)
-        answer = judge.run(*arguments, folder=tmp_path)
+        answer = judge.run(command, "-b", backing, path, folder=tmp_path)
         answer.judge()
         assert answer.status == 1
         assert state(leaf) == before
@@ -144,7 +144,7 @@ def test_what_is_no_file_is_refused_without_being_opened(judge: Judge, tmp_path:
     leaf = tmp_path / "leaf.qed"
     overlay(leaf, "special", raw=True)
     new = tmp_path / "new.qed"
-    for arguments in (
+    commands: list[list[str | Path]] = [
         *([command, special] for command in ("info", "check", "map", "serve")),
         ["check", "--repair", special],
         ["create", "-b", special, new],
@@ -153,7 +153,8 @@ def test_what_is_no_file_is_refused_without_being_opened(judge: Judge, tmp_path:
         ["rebase", "-b", special, leaf],
         ["rebase", "-b", "", special],
         ["create", "-b", leaf, "-F", "qed", new],
-    ):
+    ]
+    for arguments in commands:
         answer = judge.run(*arguments, folder=tmp_path)
         answer.judge()
         assert answer.status == 1, arguments
