@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,4 +23,9 @@ def shared() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="qedfs-policy-", dir="/tmp"))
     folder.chmod(0o755)
     yield folder
+    left = [line.split(" ")[1] for line in Path("/proc/self/mounts").read_text().splitlines() if f" {folder}/" in line]
+    for mountpoint in left:
+        subprocess.run(["umount", "-l", mountpoint], check=True, timeout=30)
+    # Nothing is removed through a mount.
     shutil.rmtree(folder)
+    assert not left
