@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 
@@ -15,6 +16,8 @@ from qedfs.disk.reserve import Room
 from qedfs.errors import LeafError, LeafFull, QedfsError
 from qedfs.image.image import Image
 from qedfs.image.tables import Run, State
+
+log = logging.getLogger(__name__)
 
 REST = 5.0
 """Seconds without copies after the leaf did not take one: a full disk is looked at again this often."""
@@ -175,4 +178,6 @@ class Copies:
         self._stopped = trio.Event()
 
     def _note(self, error: QedfsError) -> None:
+        if self.error is None or str(error) != str(self.error):
+            log.warning("%s", error)  # once, however many copies meet it
         self.error, self.error_time = error, time.time()

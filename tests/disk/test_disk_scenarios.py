@@ -310,8 +310,9 @@ async def test_a_hole_over_trailing_junk_is_whole_in_the_file_and_zero() -> None
 
 
 async def test_a_copy_that_fails_does_not_fail_the_read_and_copies_rest_for_a_while(
-    autojump_clock: trio.testing.MockClock,
+    autojump_clock: trio.testing.MockClock, expected_warnings: Expect
 ) -> None:
+    expected_warnings("I/O error")
     storage = await empty_image(16 * C)
     async with memory_disk(storage, BASE) as rig:
         await rig.disk.write(0, pattern(C, 1))

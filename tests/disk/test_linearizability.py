@@ -112,12 +112,14 @@ class Checked:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Let the disk not warn of the failures that a test provokes, or may."""
-    log = logging.getLogger("qedfs.disk.disk")
-    log.disabled = True
+    logs = [logging.getLogger(f"qedfs.disk.{name}") for name in ("disk", "copies")]
+    for log in logs:
+        log.disabled = True
     try:
         yield
     finally:
-        log.disabled = False
+        for log in logs:
+            log.disabled = False
 
 
 async def use(checked: Checked, dice: random.Random, sectors: int, widest: int) -> None:

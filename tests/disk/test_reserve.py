@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import trio
 import trio.testing
@@ -100,7 +102,10 @@ async def is_local(disk: Disk, cluster: int) -> bool:
     return (await disk._image.run(cluster * C, 1)).state is State.DATA
 
 
-async def test_a_disk_stops_copying_serves_on_and_resumes(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_disk_stops_copying_serves_on_and_resumes(
+    autojump_clock: trio.testing.MockClock, expected_warnings: Callable[[str], None]
+) -> None:
+    expected_warnings("copying stopped")
     base = pattern(16 * C)
     storage = await small_image(16 * C)
     source = FakeSource(base)
@@ -135,9 +140,10 @@ async def test_a_disk_stops_copying_serves_on_and_resumes(autojump_clock: trio.t
 
 
 async def test_a_copy_that_finds_no_room_rests_although_the_file_system_has_some(
-    autojump_clock: trio.testing.MockClock,
+    autojump_clock: trio.testing.MockClock, expected_warnings: Callable[[str], None]
 ) -> None:
     """A quota is not seen by looking at the file system."""
+    expected_warnings("quota")
     base = pattern(16 * C)
     storage = await small_image(16 * C)
     image = await open_image(storage)
