@@ -178,18 +178,15 @@ class Image:
         """
         wanted = np.array(bounds, dtype=np.int64)
         total = np.zeros_like(wanted)
-        cluster_size = self.geometry.cluster_size
         stored = self.stored()
         # A table in memory may hold more than the file does.
         for index in {*await stored.once(), *(table.index for table in self.tables)}:
             below = wanted - index * self.geometry.span
             table = self.tables.get(index)
             if table is not None:
-                total += local_below(table.entries, below, cluster_size)
-                continue
-            async with aclosing(stored.pieces(index)) as found:
-                async for first, entries in found:
-                    total += local_below(entries.data, below - first * cluster_size, cluster_size)
+                total += local_below(table.entries, below, self.geometry.cluster_size)
+            else:
+                total += await stored.local_below(index, below)
         return [int(n) for n in total]
 
     def stored(self) -> StoredTables:

@@ -17,7 +17,7 @@ from qedfs.image.geometry import MAX_TABLES
 from qedfs.image.header import Header
 from qedfs.image.sparse import Entries, pieces, read_sparse, with_data
 from qedfs.image.storage import Storage
-from qedfs.image.tables import ZERO, Run, State, runs_of
+from qedfs.image.tables import ZERO, Run, State, local_below, runs_of
 
 
 class StoredTables:
@@ -81,6 +81,15 @@ class StoredTables:
         async with aclosing(pieces(self._storage, start, start + self._geometry.table_bytes)) as found:
             async for offset, entries in found:
                 yield (offset - start) // 8, entries
+
+    async def local_below(self, place: int, bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return for each of `bounds`, bytes from the start of what the table covers, how many before it are local."""
+        total = np.zeros_like(bounds)
+        cluster_size = self._geometry.cluster_size
+        async with aclosing(self.pieces(place)) as found:
+            async for first, entries in found:
+                total += local_below(entries.data, bounds - first * cluster_size, cluster_size)
+        return total
 
     def invalid_text(self, place: int) -> str:
         """Say that the L1 entry at `place` is invalid."""

@@ -76,7 +76,7 @@ def extreme_fields() -> Iterator[tuple[str, Sample]]:
     """Yield each field of the header at each of its extremes, in an otherwise sound image with a backing."""
     for field, (offset, form) in FIELDS.items():
         bits = 8 * struct.calcsize(form)
-        for value in (0, 1, 63, 64, 4096, (1 << 31), (1 << bits) - 4096, (1 << bits) - 1, 1 << (bits - 1)):
+        for value in (0, 1, (1 << bits) - 4096, (1 << bits) - 1, 1 << (bits - 1)):
             if value < 1 << bits:
                 sound = (4096, struct.pack("<Q", 8192)), (8192, struct.pack("<QQQ", 12288, 1, 16384)), (16384, b"x")
                 wrong = (offset, struct.pack(form, value))
