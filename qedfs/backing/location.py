@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from qedfs.errors import BackingRefused, UsageError
-from qedfs.nbd.address import NbdAddress, is_nbd, parse_address
+from qedfs.nbd.address import NbdAddress, is_nbd, parse_address, without_user
 
 _PROTOCOL = re.compile(r"[^/]*?:")
 _NOT_YET = ("http", "https", "s3", "gs", "az")
@@ -87,9 +87,7 @@ def masked(name: str) -> str:
         return "json:{…}"
     if not _PROTOCOL.match(name):
         return name
-    # A password may hold a '/', '?' or '#' that should have been quoted: what is no port after a ':' is taken for one.
-    name = re.sub(r"//[^/?#@\[]*:(?!\d*(?:[/?#]|$)).*@", "//***@", name, flags=re.DOTALL)
-    name = re.sub(r"//[^/?#]*@", "//***@", name)
+    name = without_user(name)
     # A unix socket's path is no secret, and without it nobody knows which server is meant.
     if re.fullmatch(r"nbds?\+unix:///[^?]*\?socket=[^&]*", name, re.IGNORECASE):
         return name

@@ -61,7 +61,7 @@ def parse_address(name: str) -> NbdAddress:
         address = _parse_legacy(name[4:]) if legacy else _parse_uri(name)
         _check(address)
     except ValueError as error:
-        raise AddressInvalid(_masked(name), str(error)) from None
+        raise AddressInvalid(re.sub(r"\?.*", "?***", without_user(name), flags=re.DOTALL), str(error)) from None
     return address
 
 
@@ -89,7 +89,11 @@ def _parse_uri(name: str) -> NbdAddress:
         raise ValueError("parameters after '?' are not understood for TCP")
     if not parts.hostname:
         raise ValueError("the host is missing")
-    port = DEFAULT_PORT if parts.port is None else parts.port
+    try:
+        port = DEFAULT_PORT if parts.port is None else parts.port
+    except ValueError:
+        # Not what it is instead, which may be half a password.
+        raise ValueError("the port is no number from 1 to 65535") from None
     return NbdAddress(tls, unquote(parts.hostname, errors="strict"), port, None, export)
 
 
@@ -111,7 +115,7 @@ def _parse_legacy(rest: str) -> NbdAddress:
 
 def _port_number(port: str) -> int:
     if port.isascii() and port.isdigit():
-        return int(port)
+        raise ValueError("the port is neither a number nor a known service") from None
     try:
         return socket.getservbyname(port, "tcp")
     except OSError:
@@ -135,7 +139,10 @@ def _check(address: NbdAddress) -> None:
         raise ValueError(f"the path of the socket is longer than the {_MAX_SOCKET_PATH} bytes Linux allows")
 
 
-def _masked(name: str) -> str:
-    """Return `name` without what could be a secret in it: the part before an `@` and the query."""
-    name = re.sub(r"//[^/?#]*@", "//***@", name)
-    return re.sub(r"\?.*", "?***", name, flags=re.DOTALL)
+def without_user(name: str) -> str:
+    """Return a URL with what may be a user's name and password masked, also where that is not quoted as it should be.
+
+    A password may hold a `/`, `?` or `#`: what follows a `:` and is no port is taken for one, up to the last `@`.
+    """
+    name = re.sub(r"//[^/?#@\[]*:(?!\d*(?:[/?#]|$)).*@", "//***@", name, flags=re.DOTALL)
+    return re.sub(r"//[^/?#]*@", "//***@", name)
