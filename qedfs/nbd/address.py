@@ -115,11 +115,11 @@ def _parse_legacy(rest: str) -> NbdAddress:
 
 def _port_number(port: str) -> int:
     if port.isascii() and port.isdigit():
-        raise ValueError("the port is neither a number nor a known service") from None
+        return int(port)
     try:
         return socket.getservbyname(port, "tcp")
     except OSError:
-        raise ValueError(f"{port!r} is neither a port number nor a known service") from None
+        raise ValueError("the port is neither a number nor a known service") from None
 
 
 def _check(address: NbdAddress) -> None:
