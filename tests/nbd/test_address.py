@@ -50,7 +50,7 @@ def test_spelling_is_understood(name: str, address: NbdAddress) -> None:
         ("nbd::10809", "the port is missing"),
         ("nbd:a:b:1", "brackets"),
         ("nbd:host:99999", "65535"),
-        ("nbd:host:nosuchservice", "neither a port"),
+        ("nbd:host:nosuchservice", "neither a number"),
         ("nbd:host:1:exportname=", "exportname= is missing"),
         ("nbd:unix:", "path of the socket is missing"),
         ("nbd://", "host is missing"),
