@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=500, help=f"about {BATCH} on each leaf (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first leaf (%(default)s)")
     arguments = parser.parse_args()
+    # An end from outside ends the servers and the mount in good order, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     total = Report()
     for plan in plans(arguments.rounds, arguments.seed):
         with tempfile.TemporaryDirectory(prefix="qedfs-kill-") as folder:
