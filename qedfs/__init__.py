@@ -7,6 +7,7 @@ A folder is a layer; imports point down only:
     fuse/      the only folder that imports pyfuse3: handlers, error boundary, how the loop waits
     tree/      names, inodes, attributes, extended attributes, open handles
     report/    status records and how they are shown
+    stream/    when the background copies, how fast and what next
     disk/      one virtual disk: read, write, flush, populate; joins image and backing
     backing/   byte sources by transport and format; retry, identity, policy
     image/     QED structures, allocation, commit, check; the only writes to a leaf

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qedfs"
 
-ORDER = ["errors", "config", "nbd", "image", "backing", "disk", "report", "tree", "fuse", "session", "cli", "__main__"]
+ORDER = ["errors", "config", "nbd", "image", "backing", "disk", "stream", "report", "tree", "fuse", "session", "cli", "__main__"]
 
 # What of a lower layer another one may know, where that is not everything.
 ONLY: dict[tuple[str, str], frozenset[str]] = {
@@ -23,6 +23,10 @@ ONLY: dict[tuple[str, str], frozenset[str]] = {
         {"qedfs.image.header", "qedfs.image.geometry", "qedfs.image.tables", "qedfs.image.locks"}
     ),
     ("image", "nbd"): frozenset(),
+    # Streaming asks the disk for copies; how they are made and where the bytes come from is not its concern.
+    ("stream", "nbd"): frozenset(),
+    ("stream", "image"): frozenset(),
+    ("stream", "backing"): frozenset({"qedfs.backing.window"}),
 }
 
 # A library with global state or a large surface has one place.
@@ -38,6 +42,7 @@ SANS_IO = (
     *("qedfs.nbd.constants", "qedfs.nbd.errors", "qedfs.nbd.negotiation", "qedfs.nbd.transmission"),
     *("qedfs.image.header", "qedfs.image.geometry", "qedfs.image.tables", "qedfs.image.record"),
     *("qedfs.image.allocator", "qedfs.image.survey", "qedfs.disk.plan", "qedfs.disk.readahead", "qedfs.disk.reserve"),
+    *("qedfs.backing.window", "qedfs.stream.idle", "qedfs.stream.pace", "qedfs.stream.cursor"),
 )
 IO = frozenset({"trio", "os", "psutil", "socket", "subprocess", "threading", "asyncio"})
 # Of `os`, what touches no file: conversions, arithmetic on paths, types, who we are.
