@@ -8,7 +8,7 @@ without an await between them.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
@@ -19,62 +19,42 @@ import trio
 from qedfs.errors import CorruptEntry, LeafError, QedfsError
 from qedfs.image import header as headers
 from qedfs.image import record as records
-from qedfs.image.allocator import Allocator, Extent
-from qedfs.image.cache import Table, TableCache
+from qedfs.image.allocator import Extent
+from qedfs.image.cache import Table
 from qedfs.image.commit import Committer
 from qedfs.image.geometry import MAX_IMAGE_SIZE, SECTOR
 from qedfs.image.header import Feature, Header
+from qedfs.image.lookup import Lookup
 from qedfs.image.record import Damage, Record
-from qedfs.image.sparse import read_sparse
 from qedfs.image.storage import Storage
 from qedfs.image.stored import StoredTables, read_l1
 from qedfs.image.survey import Survey
 from qedfs.image.tables import (
-    UNALLOCATED,
     ZERO,
     Counts,
-    Run,
-    State,
-    all_valid,
     as_array,
     as_entries,
     count,
-    local_below,
-    run_length,
 )
 
-CACHE_BYTES = 64 << 20
-"""Of L2 tables kept in memory; with the default geometry that covers half a terabyte of disk."""
-MIN_CACHED_TABLES = 2
 MAX_DIRTY_BYTES = 16 << 20
 """Of tables with entries that the disk does not have: more, and a commit is due, however young they are."""
 MAX_UNCOMMITTED_BYTES = 64 << 20
 """Of new clusters that no entry on the disk names: the same."""
 
 
-class Image:
-    """An open image. Made by `open_image`; `name` is for messages."""
+class Image(Lookup):
+    """An open image. Made by `open_image`."""
 
     def __init__(
-        self, storage: Storage, name: str, header: Header, record: Record | Damage, backing_name: str, l1: memoryview
+        self, storage: Storage, header: Header, record: Record | Damage, backing_name: str, l1: memoryview
     ) -> None:
-        self.storage = storage
-        self.name = name
-        self.header = header
+        super().__init__(storage, header, l1)
         self.record = record if isinstance(record, Record) else Record()
         self.record_damaged = record is Damage.BROKEN
         self.backing_name = backing_name
         """As stored in the header; empty when the image stands alone."""
-        self.geometry = header.geometry
-        self._l1 = as_entries(l1)
-        capacity = max(MIN_CACHED_TABLES, CACHE_BYTES // self.geometry.table_bytes)
-        self.tables = TableCache(capacity)
         self.committer = Committer(storage, self.tables, self._l1, header.l1_table_offset)
-        self.allocator = Allocator(self.geometry.usable_length(storage.length()), storage.length())
-        self._shift = self.geometry.cluster_size.bit_length() - 1
-        self._mask = self.geometry.cluster_size - 1
-        self._table_shift = self.geometry.table_entries.bit_length() - 1
-        self._table_mask = self.geometry.table_entries - 1
         self._header_lock = trio.Lock()
         self._begun = False
         self._begin_lock = trio.Lock()
@@ -93,105 +73,6 @@ class Image:
         """What the survey met that speaks against the image, for `last_error`; empty if nothing."""
         self.survey_time = 0.0
         """When it met that, in seconds since the epoch."""
-
-    # -- looking up ----------------------------------------------------------------------------------------------------
-
-    def data_offset(self, pos: int, length: int) -> int:
-        """Return where in the file the bytes `[pos, pos + length)` lie if they are data in one piece, else -1.
-
-        The hot path: no await, no object made. -1 also means that a table is not in memory, or not sound.
-        """
-        cluster = pos >> self._shift
-        table = self.tables.get(cluster >> self._table_shift)
-        if table is None or not table.valid:
-            return -1
-        table.used = True
-        entries = table.entries
-        index = cluster & self._table_mask
-        first = entries[index]
-        if first <= ZERO:
-            return -1
-        inside = pos & self._mask
-        more = (inside + length - 1) >> self._shift
-        if more:
-            if index + more > self._table_mask:
-                return -1
-            expected = first
-            step = self._mask + 1
-            for i in range(index + 1, index + more + 1):
-                expected += step
-                if entries[i] != expected:
-                    return -1
-        return first + inside
-
-    def run_nowait(self, pos: int, length: int) -> Run | None:
-        """Return the run that begins at `pos`, at most `length` bytes (more than 0); None if its table must be loaded.
-
-        Raises:
-            CorruptEntry: the entry at `pos`, or the L1 entry above it, is invalid. A run ends before an invalid entry.
-        """
-        cluster = pos >> self._shift
-        table_index = cluster >> self._table_shift
-        span_left = ((table_index + 1) << (self._table_shift + self._shift)) - pos
-        table = self.tables.get(table_index)
-        if table is None:
-            if self._l1[table_index] == UNALLOCATED:
-                return Run(State.BACKING, pos, min(length, span_left))
-            return None
-        table.used = True
-        length = min(length, span_left)
-        index = cluster & self._table_mask
-        entry = table.entries[index]
-        if entry > ZERO and not (table.valid or self._is_cluster(entry)):
-            raise CorruptEntry(self.name, f"the table entry of cluster {cluster} is invalid ({entry:#x})")
-        inside = pos & self._mask
-        clusters = (inside + length + self._mask) >> self._shift
-        n = run_length(table.entries, index, index + clusters, self._mask + 1)
-        if not table.valid and entry > ZERO:
-            # Neighbours of a sound entry may run past the end of the file.
-            n = next((i for i in range(1, n) if not self._is_cluster(entry + (i << self._shift))), n)
-        length = min(length, (n << self._shift) - inside)
-        if entry > ZERO:
-            return Run(State.DATA, pos, length, entry + inside)
-        return Run(State(entry), pos, length)
-
-    async def run(self, pos: int, length: int) -> Run:
-        """Return the run that begins at `pos`, loading its table if need be. Raises as `run_nowait`, and `LeafError`."""
-        while True:
-            run = self.run_nowait(pos, length)
-            if run is not None:
-                return run
-            await self._load(pos >> (self._shift + self._table_shift))
-
-    async def runs(self, pos: int, length: int) -> AsyncGenerator[Run, None]:
-        """Yield the runs of `[pos, pos + length)` in order, as they are when each is reached. Close it (`aclosing`)."""
-        end = pos + length
-        while pos < end:
-            run = await self.run(pos, end - pos)
-            yield run
-            pos += run.length
-
-    async def local_below(self, bounds: list[int]) -> list[int]:
-        """Return for each of `bounds` (positions on the disk) how many bytes before it need no backing.
-
-        Of a damaged L1 table, invalid entries and further names of one table do not count. Raises `LeafError`.
-        """
-        wanted = np.array(bounds, dtype=np.int64)
-        total = np.zeros_like(wanted)
-        stored = self.stored()
-        # A table in memory may hold more than the file does.
-        for index in {*await stored.once(), *(table.index for table in self.tables)}:
-            below = wanted - index * self.geometry.span
-            table = self.tables.get(index)
-            if table is not None:
-                total += local_below(table.entries, below, self.geometry.cluster_size)
-            else:
-                total += await stored.local_below(index, below)
-        return [int(n) for n in total]
-
-    def stored(self) -> StoredTables:
-        """Return the tables as the file has them, for a walk over all of them."""
-        return StoredTables(self.storage, self.header, as_array(self._l1), self.allocator.end)
 
     # -- allocating and linking ----------------------------------------------------------------------------------------
 
@@ -416,7 +297,8 @@ class Image:
 
     async def _finish(self) -> None:
         await self.commit(durable=True)
-        if not self._begun:
+        # Left dirty by an earlier writer and looked through since, without a need to allocate: that is mended, too.
+        if not (self._begun or (self.header.needs_check and self._trusted)):
             return
         # No entry on the disk names what is cut or punched: it was found free, or taken and never linked. What is left of a
         # cluster that the end of a damaged file cuts through stays.
@@ -426,21 +308,7 @@ class Image:
             await self.storage.punch(offset, length)
         await self._change_header(lambda header: header.with_features(remove=Feature.NEED_CHECK))
 
-    # -- tables --------------------------------------------------------------------------------------------------------
-
-    async def _load(self, index: int) -> Table | None:
-        return await self.tables.load(index, self._read_table)
-
-    async def _read_table(self, index: int) -> Table | None:
-        offset = self._l1[index]
-        if offset == UNALLOCATED:
-            return None
-        if not self.geometry.is_table_offset(
-            offset, self.header.room, self.allocator.end
-        ) or self.allocator.is_forbidden(offset, self.geometry.table_bytes):
-            raise CorruptEntry(self.name, f"L1 table entry {index} is invalid ({offset:#x})")
-        entries = as_entries(await read_sparse(self.storage, offset, self.geometry.table_bytes))
-        return Table(index, offset, entries, valid=self._sound(entries), named=True)
+    # -- in memory --------------------------------------------------------------------------------------------------------
 
     async def _make_table(self, index: int) -> Table:
         extent = self.allocate(self.geometry.table_clusters)
@@ -450,15 +318,6 @@ class Image:
         await self.storage.write(extent.offset, zeros)
         self._dirtied += 1
         return Table(index, extent.offset, as_entries(zeros), valid=True, named=False)
-
-    def _sound(self, entries: memoryview) -> bool:
-        # With dangling entries about, every look-up judges by itself: they are too rare to be fast.
-        return not self.allocator.forbids and all_valid(entries, self.geometry, self.header.room, self.allocator.end)
-
-    def _is_cluster(self, offset: int) -> bool:
-        return self.geometry.is_cluster_offset(
-            offset, self.header.room, self.allocator.end
-        ) and not self.allocator.is_forbidden(offset)
 
     def _link(self, first: int, clusters: int, offset: int, step: int) -> None:
         inside = self.geometry.clusters(self.header.image_size)
@@ -506,7 +365,7 @@ async def open_image(storage: Storage) -> Image:
     if records.fits(header):
         record = records.decode(bytes(await storage.read(records.offset(header), SECTOR)))
     l1 = await read_l1(storage, header)
-    image = Image(storage, name, header, record, backing_name, l1)
+    image = Image(storage, header, record, backing_name, l1)
     if storage.writable:
         await image.clear_autoclear()
     return image
