@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -113,14 +114,14 @@ async def test_a_device_that_takes_the_place_of_a_file_is_not_opened(
     opened: list[int] = []
     real_open, real_stat = os.open, os.stat
 
-    def watched_open(path: object, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
-        fd = real_open(path, flags, mode, dir_fd=dir_fd)  # type: ignore[call-overload]
+    def watched_open(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        fd = real_open(path, flags, mode, dir_fd=dir_fd)
         if stat.S_ISCHR(os.fstat(fd).st_mode) and not flags & os.O_PATH:
             opened.append(fd)
-        return int(fd)
+        return fd
 
-    def late_stat(path: object, **options: object) -> os.stat_result:
-        return looks_like_a_file if path == "vm.qed" else real_stat(path, **options)  # type: ignore[call-overload]
+    def late_stat(path: Any, **options: Any) -> os.stat_result:
+        return looks_like_a_file if path == "vm.qed" else real_stat(path, **options)
 
     monkeypatch.setattr(os, "open", watched_open)
     monkeypatch.setattr(os, "stat", late_stat)

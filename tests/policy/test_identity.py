@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -244,6 +245,28 @@ async def test_a_backing_open_for_writing_is_refused_at_mount(tmp_path: Path, ba
                 pass
     async with served(leaf):
         pass
+
+
+async def test_a_backing_that_qemu_has_open_for_writing_is_refused_and_qemu_does_not_open_ours(
+    tmp_path: Path, base: Path
+) -> None:
+    leaf = await make(tmp_path, base)
+    command = ["qemu-io", "-f", "raw", str(base)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as qemu:
+        assert qemu.stdin
+        assert qemu.stdout
+        # Its prompt comes when it has the file open.
+        assert await trio.to_thread.run_sync(qemu.stdout.read, 8) == b"qemu-io>"
+        with pytest.raises(BackingRefused, match="somebody else has it open for writing"):
+            async with served(leaf):
+                pass
+        qemu.stdin.close()
+        await trio.to_thread.run_sync(qemu.wait)
+    async with served(leaf):
+        done = await trio.run_process(
+            [*command, "-c", "read 0 1"], capture_stdout=True, capture_stderr=True, check=False
+        )
+        assert b'Failed to get "write" lock' in done.stdout + done.stderr
 
 
 async def test_a_leaf_served_for_writing_is_no_backing_of_another(tmp_path: Path, base: Path) -> None:
