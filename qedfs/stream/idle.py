@@ -39,7 +39,7 @@ AVERAGE = 5.0
 FOREIGN_RATE = 1 << 20
 """Bytes per second of others that make a device busy."""
 FOREIGN_SHARE = 0.15
-"""The same as a share of our own bytes on the device: metadata and journal took up to 10 %, headers 3–6 %."""
+"""The same as a share of our own bytes on the device: headers of TCP take 3–6 %, metadata and journal vary."""
 CALM = 0.5
 """Below this part of both limits a busy device is no longer busy."""
 WRITE_CLAIM, READ_CLAIM = 60.0, 10.0

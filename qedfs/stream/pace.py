@@ -25,6 +25,9 @@ RATE_SPAN = 5.0
 ETA_SPAN = 60.0
 """Seconds over which the rate behind the time left is averaged, idle and busy moments together."""
 
+LONGEST_ETA = 365 * 86400.0
+"""Seconds; more is as good as unknown."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -145,7 +148,7 @@ class Pace:
         if age < ETA_SPAN:
             # Too early to judge by what was seen: then at least what is allowed at any time.
             speed = max(speed, self._promised())
-        return remaining / speed if speed >= 1 else None
+        return remaining / speed if speed * LONGEST_ETA > remaining else None
 
     def _promised(self) -> float:
         if not math.isinf(self.allowance.rate):

@@ -97,6 +97,14 @@ def test_a_little_traffic_of_others_is_no_load() -> None:
     assert set(reasons(disk(at, read=0.4 * at, written=0.4 * at) for at in range(1, 50))) == {Reason.QUIET, Reason.NONE}
 
 
+def test_traffic_around_the_limit_does_not_go_back_and_forth() -> None:
+    total, samples = 0.0, []
+    for at in range(120):
+        total += 2.0 if at < 20 else 1.3 if at % 20 < 10 else 0.7
+        samples.append(disk(at, written=total))
+    assert set(reasons(samples)[20:]) == {Reason.DISK}
+
+
 def test_own_writes_that_reach_the_disk_much_later_are_ours() -> None:
     """200 MiB written at once, seen by the disk 25 s later in one burst. Minus the own bytes of the same second it would be a load."""
     written = [0 if at < 30 else 200 for at in range(60)]
