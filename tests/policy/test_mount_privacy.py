@@ -218,6 +218,20 @@ async def test_an_ordinary_user_shares_by_modes_where_the_system_allows_it(share
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+async def test_allow_root_lets_root_in_and_nobody_else_whatever_the_mode(shared: Path, base: Path) -> None:
+    home = folder(shared / "home", 1000)
+    leaf = await image(home / "vm.qed", base, 1000, 0o644)
+    mallory = f"setpriv --reuid={MALLORY} --regid={MALLORY} --clear-groups"
+    done = in_namespace(
+        f"{_OPEN_FUSE}; {_OTHERS}; AS_USER mkdir {home}/mnt; AS_USER QEDFS mount -o allow_root {leaf} {home}/mnt; "
+        f"{mallory} cat {home}/mnt/vm.raw 2>&1 | grep -q 'Permission denied' || echo mallory may; "
+        f"cmp {home}/mnt/vm.raw {base}; "
+        f"{mallory} cat {home}/mnt/vm.raw 2>&1 | grep -q 'Permission denied' || echo mallory may after root; "
+        f"AS_USER QEDFS unmount {home}/mnt"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 async def test_an_ordinary_user_opens_nothing_by_an_image_of_another_user(shared: Path, base: Path) -> None:
     home = folder(shared / "home", 1000)
     leaf = give(await image(shared / "vm.qed", base), MALLORY, 0o644)
