@@ -61,6 +61,13 @@ class Source(ABC):
             CorruptEntry: final for these bytes only (a QED image with a broken table entry).
         """
 
+    def read_nowait(self, pos: int, buffer: memoryview) -> bool:
+        """Fill `buffer` if that needs no waiting; False otherwise, and then its content is undefined.
+
+        Range and errors as for `read_into`. A source that cannot tell says False.
+        """
+        return False
+
     @abstractmethod
     async def extents(self, pos: int, length: int) -> list[Extent]:
         """Tell which parts of `[pos, pos + length)` are promised to read as zeros.

@@ -68,18 +68,21 @@ class FileSource(Source):
         self._users = 0
         self._closed = False
 
-    async def read_into(self, pos: int, buffer: memoryview) -> None:
+    def read_nowait(self, pos: int, buffer: memoryview) -> bool:
         self._check_open()
-        done = 0
         try:
-            done = os.preadv(self._fd, [buffer], pos, os.RWF_NOWAIT)
+            whole = os.preadv(self._fd, [buffer], pos, os.RWF_NOWAIT) == len(buffer)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                 raise _translated(self.name, "cannot be read", error) from error
-        if done < len(buffer):
-            await self._in_thread(lambda: self._read_all(pos + done, buffer[done:]))
-        else:
+            return False
+        if whole:
             self._check_unchanged()
+        return whole
+
+    async def read_into(self, pos: int, buffer: memoryview) -> None:
+        if not self.read_nowait(pos, buffer):
+            await self._in_thread(lambda: self._read_all(pos, buffer))
 
     async def extents(self, pos: int, length: int) -> list[Extent]:
         self._check_open()

@@ -125,6 +125,22 @@ class Backing:
 
         await self._retried(read)
 
+    def read_nowait(self, pos: int, buffer: memoryview) -> bool:
+        """As `read_into` if that needs no waiting; False otherwise, and then the content of `buffer` is undefined."""
+        source = self._source
+        if source is None or self._state is not BackingState.HEALTHY:
+            return False
+        inside = min(max(source.size - pos, 0), len(buffer))
+        try:
+            if inside and not source.read_nowait(pos, buffer[:inside]):
+                return False
+        except QedfsError:
+            return False  # `read_into` meets it again, and tells what may pass from what is final
+        self._bytes_read += inside
+        if inside < len(buffer):
+            buffer[inside:] = bytes(len(buffer) - inside)
+        return True
+
     async def extents(self, pos: int, length: int) -> list[Extent]:
         """Tell which parts of the range the backing promises to read as zeros; past its end all of it does.
 

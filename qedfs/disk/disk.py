@@ -158,7 +158,8 @@ class Disk:
             if self.copying and self.cluster_size <= MAX_FETCH:
                 return await self._read_fetched(run)
             data = bytearray(run.length)
-            await self._backing.read_into(run.pos, memoryview(data))
+            if not self._backing.read_nowait(run.pos, memoryview(data)):
+                await self._backing.read_into(run.pos, memoryview(data))
             if self.copying:
                 for cluster in range(run.pos >> self._shift, (run.pos + run.length - 1 >> self._shift) + 1):
                     self._nursery.start_soon(self._copies.copy_large, cluster, self._backing)

@@ -76,10 +76,16 @@ class Writes:
         """Return what a cluster in `state`, no larger than `MAX_FETCH`, reads as, zeros past the end of the disk."""
         if state is State.ZERO or self._fetches is None:
             return bytearray(self._cluster_size)
-        fetches = self._fetches.join(cluster, cluster + 1, self._image.header.image_size, copy=False)
-        (content,) = await self._fetches.wait(fetches)
+        assert self._backing is not None
+        size = self._image.header.image_size
+        content = bytearray(self._cluster_size)
+        pos = cluster * self._cluster_size
+        if self._backing.read_nowait(pos, memoryview(content)[: size - pos]):
+            return content
+        fetches = self._fetches.join(cluster, cluster + 1, size, copy=False)
+        (fetched,) = await self._fetches.wait(fetches)
         start = (cluster - fetches[0].first) * self._cluster_size
-        return bytearray(content[start : start + self._cluster_size])
+        return bytearray(fetched[start : start + self._cluster_size])
 
     async def _link_new(self, first: int, end: int, data: memoryview) -> None:
         """Write `data`, the clusters `[first, end)` (the last may be cut short), to a new extent and link it."""

@@ -122,6 +122,14 @@ async def test_reads_of_every_alignment(source: Source, sample: Sample) -> None:
                 assert await read(source, pos, length) == sample.content[pos : pos + length], (pos, length)
 
 
+async def test_what_is_at_hand_reads_the_same_without_waiting(source: Source, sample: Sample) -> None:
+    await read(source, 0, source.size)
+    for pos in (0, source.size // 3, max(0, source.size - 4097)):
+        buffer = bytearray(min(4097, source.size - pos))
+        if source.read_nowait(pos, memoryview(buffer)):
+            assert buffer == sample.content[pos : pos + len(buffer)]
+
+
 async def test_many_tasks_read_at_once(source: Source, sample: Sample) -> None:
     chance = random.Random(3)
 

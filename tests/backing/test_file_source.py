@@ -107,6 +107,23 @@ async def test_errors_of_a_read_are_told_apart(
     await source.aclose()
 
 
+async def test_what_the_page_cache_has_needs_no_waiting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = path.read_bytes()  # and into the page cache it comes
+    source = await open_file(str(path))
+    try:
+        buffer = bytearray(len(content))
+        assert source.read_nowait(0, memoryview(buffer))
+        assert buffer == content
+
+        def absent(fd: int, buffers: list[memoryview], pos: int, flags: int = 0) -> int:
+            raise BlockingIOError(errno.EAGAIN, "not in the page cache")
+
+        monkeypatch.setattr(os, "preadv", absent)
+        assert not source.read_nowait(0, memoryview(buffer))
+    finally:
+        await source.aclose()
+
+
 @pytest.mark.parametrize("nowait", ["refused", "partial", "unsupported"])
 async def test_what_the_page_cache_does_not_answer_is_read_in_a_thread(
     path: Path, nowait: str, monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,14 @@ class FakeSource(Source):
         await self._obey(pos)
         buffer[:] = CONTENT[pos : pos + len(buffer)]
 
+    def read_nowait(self, pos: int, buffer: memoryview) -> bool:
+        assert pos + len(buffer) <= self.size, "a source is asked only inside its size"
+        if self._server.failure is not None:
+            raise self._server.failure
+        if self._server.at_hand:
+            buffer[:] = CONTENT[pos : pos + len(buffer)]
+        return self._server.at_hand
+
     async def extents(self, pos: int, length: int) -> list[Extent]:
         await self._obey(pos)
         return [Extent(length, False)]
@@ -55,6 +63,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.identity = Identity(len(CONTENT), "etag:1")
         self.refusal: QedfsError | None = None
+        self.at_hand = False
+        """Reads need no waiting."""
         self.failure: QedfsError | None = None
         self.failures: dict[int, QedfsError] = {}
         self.held: dict[int, trio.Event] = {}
@@ -117,6 +127,21 @@ async def test_past_the_end_there_are_zeros(backing: Backing) -> None:
     assert await backing.extents(end - 3, 8) == [Extent(3, False), Extent(5, True)]
     assert await backing.extents(end, 8) == [Extent(8, True)]
     assert backing.statistics().bytes_read == 3
+
+
+async def test_what_is_at_hand_needs_no_waiting(server: FakeServer, backing: Backing) -> None:
+    end = len(CONTENT)
+    buffer = bytearray(b"x" * 8)
+    server.at_hand = True
+    assert not backing.read_nowait(0, memoryview(buffer))  # not connected yet
+    await read(backing, 0, 1)
+    assert backing.read_nowait(end - 3, memoryview(buffer))
+    assert buffer == CONTENT[-3:] + bytes(5)
+    assert backing.statistics().bytes_read == 1 + 3
+    server.failure = away()
+    assert not backing.read_nowait(0, memoryview(buffer))  # the patient way will find out
+    server.failure, server.at_hand = None, False
+    assert not backing.read_nowait(0, memoryview(buffer))
 
 
 async def test_pauses_between_attempts_grow_up_to_a_limit(
