@@ -651,7 +651,7 @@ def test_user_who_may_not_mount_is_told_why(place: Place) -> None:
         os.chown(path, 1000, 1000)
     done = in_namespace(f"chmod 600 /dev/fuse; AS_USER QEDFS mount {leaf} {place.mnt}")
     assert done.returncode == 1
-    assert done.stderr == f"qedfs: {place.mnt}: failed to open /dev/fuse: Permission denied\n"
+    assert done.stderr == f"qedfs: {place.mnt}: bad mount point {place.mnt}: Permission denied\n"
 
 
 # --- pins -------------------------------------------------------------------------------------------------------------
