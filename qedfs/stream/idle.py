@@ -35,7 +35,7 @@ LONGEST_HOLD = 30.0
 RELAPSE_MEMORY = 300.0
 """Seconds for which a return to busy is remembered; each one doubles the quiet that is asked for."""
 AVERAGE = 5.0
-"""Seconds over which foreign traffic is averaged: a page of somebody's log is not a load, 100 MB/s show within 50 ms."""
+"""Seconds over which foreign traffic is averaged: a page of somebody's log is not a load, 100 MB/s are one in the next sample."""
 FOREIGN_RATE = 1 << 20
 """Bytes per second of others that make a device busy."""
 FOREIGN_SHARE = 0.15
