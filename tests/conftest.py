@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -39,13 +40,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure() -> None:
-    """Refuse to run without the tools, in one line."""
+    """Refuse to run without the tools, in one line; begin with the signals of a program in the foreground."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     missing = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
     if not os.path.exists("/dev/fuse"):
         missing.append("/dev/fuse")
     if missing:
         raise pytest.UsageError(f"missing: {', '.join(missing)} (`sh contrib/test.sh` installs what the tests need)")
+    # A shell ignores these two for what it starts in the background, and every program the tests start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
