@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfs.config import Mode
+from qedfs.disk.disk import Disk
 from qedfs.errors import LeafError
 from qedfs.image.geometry import Geometry
 from tests.model.effort import examples
 from tests.model.fake_source import FakeSource
-from tests.model.memory_disk import MemoryDisk, empty_image, memory_disk
+from tests.model.memory_disk import empty_image, memory_disk
 from tests.model.recording_storage import RecordingStorage
 from tests.model.reference import judge
 
@@ -57,8 +58,8 @@ class Register:
 class Checked:
     """A disk whose every read is judged."""
 
-    def __init__(self, rig: MemoryDisk) -> None:
-        self.rig = rig
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
         self.sectors: defaultdict[int, Register] = defaultdict(Register)
         self._clock = itertools.count()
         self._versions = itertools.count(1)
@@ -71,8 +72,8 @@ class Checked:
             self.sectors[sector + i].writes[version] = write
         data = b"".join(stamped(version, sector + i) for i in range(count))
         try:
-            if not self.rig.disk.write_nowait(sector * SECTOR, data):
-                await self.rig.disk.write(sector * SECTOR, data)
+            if not self.disk.write_nowait(sector * SECTOR, data):
+                await self.disk.write(sector * SECTOR, data)
         except LeafError:
             for write in writes:
                 write.ended = next(self._clock)  # it may have happened, but nobody may count on it
@@ -82,8 +83,8 @@ class Checked:
 
     async def read(self, sector: int, count: int) -> None:
         begun = next(self._clock)
-        view = self.rig.disk.read_nowait(sector * SECTOR, count * SECTOR)
-        data = view if view is not None else await self.rig.disk.read(sector * SECTOR, count * SECTOR)
+        view = self.disk.read_nowait(sector * SECTOR, count * SECTOR)
+        data = view if view is not None else await self.disk.read(sector * SECTOR, count * SECTOR)
         self.judge(bytes(data), sector, begun, next(self._clock))
 
     def judge(self, data: bytes, sector: int, begun: int, ended: int) -> None:
@@ -136,7 +137,7 @@ async def use(checked: Checked, dice: random.Random, sectors: int, widest: int) 
                 await checked.write(at, count, zeros=True)
             case "flush":
                 try:
-                    await checked.rig.disk.flush()
+                    await checked.disk.flush()
                 except LeafError:
                     pass
             case "impatient":
@@ -160,7 +161,7 @@ async def run(dice: random.Random, geometry: Geometry, sectors: int, *, failing:
     source.delay = delay
     mode = dice.choice((Mode.COR, Mode.COR, Mode.COW))
     async with memory_disk(storage, source, mode=mode, readahead=dice.choice((0, 64 << 10))) as rig:
-        checked = Checked(rig)
+        checked = Checked(rig.disk)
         storage.failing = failing
         async with trio.open_nursery() as nursery:
             for _ in range(dice.randrange(2, 9)):
