@@ -13,7 +13,21 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qedfs"
 
-ORDER = ["errors", "config", "nbd", "image", "backing", "disk", "stream", "report", "tree", "fuse", "session", "cli", "__main__"]
+ORDER = [
+    "errors",
+    "config",
+    "nbd",
+    "image",
+    "backing",
+    "disk",
+    "stream",
+    "report",
+    "tree",
+    "fuse",
+    "session",
+    "cli",
+    "__main__",
+]
 
 # What of a lower layer another one may know, where that is not everything.
 ONLY: dict[tuple[str, str], frozenset[str]] = {
