@@ -32,6 +32,8 @@ START_GAIN = 2.5
 """Above 2, because an answer tells the rate of a window of one round ago."""
 HOLD_GAIN = 1.15
 """Covers jitter of the link; costs a miss 15 % of a round trip."""
+HOLD_SLACK = 0.003
+"""The same in seconds, where that is more: servers and event loops are late by milliseconds, however short the way."""
 PROBE_GAIN = 1.25
 GROWING = 1.2
 """A rate that rises by less in a round of START has stopped to grow."""
@@ -43,7 +45,7 @@ LATENCY_AGE, LATENCY_ROUNDS = 10.0, 30
 """Seconds, and latencies, for which a lowest latency is believed: DRAIN costs a round at half the rate."""
 RATE_AGE, RATE_ROUNDS = 1.0, 10
 """The same for the highest rate."""
-QUEUED, QUEUED_SLACK = 1.5, 0.002
+QUEUED, QUEUED_SLACK = 1.5, 0.010
 """A round in which every answer took this many times the lowest latency, and this many seconds more, stood in a queue."""
 DRAIN_AGAIN = 2.0
 """Seconds between a DRAIN and the next one that is made because of queues."""
@@ -103,6 +105,7 @@ class Window:
         self._reference = 0.0
         """The rate to compare with, in START and PROBE."""
         self._queued = 0
+        """Times that HOLD has believed in a queue, one after the other."""
         self._probed_at = -math.inf
         self._drained_at = -math.inf
 
@@ -159,8 +162,9 @@ class Window:
         self._round_rate = max(self._round_rate, rate)
         if rate > self.bandwidth:
             self._note_rate(rate, now)
-        # As if it had been a piece of the present size. Smaller ones would pretend a shorter way.
-        latency = max(latency + (self.piece - token.length) / self.bandwidth, latency / 2)
+        # As if it had been a piece of the present size; smaller ones would pretend a shorter way. Of larger ones nothing is
+        # taken off: while the bandwidth is not known well, it could be all.
+        latency += max(0, self.piece - token.length) / self.bandwidth
         self._round_latency = min(self._round_latency, latency)
         if latency <= self._latency:
             self._latency, self._latency_at = latency, now
@@ -190,7 +194,7 @@ class Window:
             if self.phase is Phase.PROBE:
                 self._after_probe(now)
             else:
-                self._after_drain(latency, now)
+                self._after_drain(latency, rate, now)
         self._resize()
 
     def _enter(self, phase: Phase, now: float) -> None:
@@ -231,9 +235,13 @@ class Window:
         grown = self.bandwidth >= (1 + (PROBE_GAIN - 1) / 2) * self._reference
         self._enter(Phase.START if grown else Phase.HOLD, now)
 
-    def _after_drain(self, latency: float, now: float) -> None:
+    def _after_drain(self, latency: float, rate: float, now: float) -> None:
         longer = latency > QUEUED * self._latency
         self._latency, self._latency_at = latency, now
+        if longer:
+            # Another way, or another rate: nothing of what was known holds.
+            self._rates.clear()
+            self._note_rate(rate, now)
         self._enter(Phase.START if longer else Phase.HOLD, now)
 
     def _resize(self) -> None:
@@ -246,7 +254,8 @@ class Window:
             count = int(pieces / 2)
         else:
             # Whole pieces: enough to keep the link full, to the nearest one of what is meant to be on top.
-            count = max(math.ceil(pieces - 0.05), round(HOLD_GAIN * pieces))
+            wanted = bandwidth * max(HOLD_GAIN * self._latency, self._latency + HOLD_SLACK)
+            count = max(math.ceil(pieces - 0.05), round(wanted / self.piece))
             if self.phase is Phase.PROBE:
                 count = max(count + 1, round(PROBE_GAIN * count))
         self.allowed = max(min(count * self.piece, self._most), min(self.piece, self._most))
@@ -258,6 +267,5 @@ class Window:
             piece *= 2
         elif piece > 1.3 * wanted and piece > LEAST_PIECE:
             piece //= 2
-        if piece != self.piece:
-            self._latency = max(self._latency + (piece - self.piece) / bandwidth, self._latency / 2)
-            self.piece = piece
+        self._latency += max(0, piece - self.piece) / bandwidth
+        self.piece = piece

@@ -21,6 +21,8 @@ class Link:
     round_trip: float
     jitter: float = 0.0
     """Seconds that each request may take longer, at random."""
+    late: float = 0.0
+    """Seconds that an answer waits for an event loop or a processor somewhere, on average, outside the queue."""
     free_at: float = 0.0
     down_until: float = 0.0
 
@@ -28,7 +30,7 @@ class Link:
         """The time at which the last byte of a request sent `now` arrives."""
         arrival = now + self.round_trip / 2 + self.jitter * chance.random()
         self.free_at = max(self.free_at, arrival, self.down_until) + length / self.rate
-        return self.free_at + self.round_trip / 2
+        return self.free_at + self.round_trip / 2 + (chance.expovariate(1 / self.late) if self.late else 0.0)
 
 
 @dataclass

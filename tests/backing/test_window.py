@@ -30,9 +30,9 @@ links = pytest.mark.parametrize(("rate", "round_trip"), LINKS.values(), ids=LINK
 
 
 def most_latency(run: Run) -> float:
-    """What a miss may take on average: two round trips; on a short way, one and the time of a piece, and 3 ms."""
+    """What a miss may take on average: two round trips; on a short way, one and the time of a piece, and 4 ms."""
     link = run.link
-    return max(2 * link.round_trip, link.round_trip + link.jitter + run.window.piece / link.rate + 0.003)
+    return max(2 * link.round_trip, link.round_trip + link.jitter + run.window.piece / link.rate + 0.004)
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.1], ids=["steady", "jitter"])
@@ -79,13 +79,15 @@ def test_bandwidth_falls_to_a_tenth_and_comes_back(round_trip: float) -> None:
     run = Run(link)
     run.run(10)
     link.rate = GBIT / 10
-    run.run(20)
-    assert run.rate(12, 20) >= 0.9 * link.rate
-    assert run.latency(15, 20) <= most_latency(run)
-    link.rate = GBIT
     run.run(30)
-    assert run.rate(22, 30) >= 0.93 * GBIT
+    assert run.rate(12, 30) >= 0.93 * link.rate
+    assert run.latency(10.5 + 20 * round_trip, 12.5 + 20 * round_trip) <= 3 * most_latency(run)
+    assert run.latency(12, 30) <= 2 * most_latency(run)
     assert run.latency(22, 30) <= most_latency(run)
+    link.rate = GBIT
+    run.run(40)
+    assert run.rate(32, 40) >= 0.93 * GBIT
+    assert run.latency(32, 40) <= most_latency(run)
 
 
 @pytest.mark.parametrize("round_trip", [0.001, 0.02, 0.08])
@@ -115,6 +117,13 @@ def test_goes_on_after_a_stall_of_five_seconds(round_trip: float) -> None:
     assert run.latency(18, 25) <= most_latency(run)
 
 
+def test_a_server_that_answers_late_by_milliseconds_does_not_make_a_short_way_slow() -> None:
+    """On real machines the lowest latency is a lucky one: a window made for it alone reached a quarter of the rate."""
+    run = Run(Link(0.4 * GBIT, 0.001, late=0.004))
+    run.run(20)
+    assert run.rate(3, 20) >= 0.93 * 0.4 * GBIT
+
+
 @pytest.mark.parametrize("round_trip", [0.001, 0.02, 0.08])
 def test_shares_with_others_and_takes_the_link_back(round_trip: float) -> None:
     run = Run(Link(GBIT, round_trip))
@@ -133,7 +142,7 @@ def test_is_ready_at_once_after_a_long_pause() -> None:
     run.run(1000)
     run.want(True)
     run.run(1001)
-    assert run.rate(1000, 1001) >= 0.8 * GBIT
+    assert run.rate(1000.1, 1000.3) >= 0.8 * GBIT
     assert run.window.bandwidth == pytest.approx(GBIT, rel=0.1)
 
 
