@@ -67,4 +67,4 @@ class History:
                 allowed.append(bytes(expected[place]))
             assert content[place] in allowed, f"sector {sector} after {cut} operations, {count} versions flushed"
             expected[place] = content[place]
-        assert content == expected
+        assert content == expected, f"content that nobody wrote, after {cut} operations"
