@@ -28,6 +28,8 @@ class Scenario:
     log: list[Operation]
     base: bytes
     allowed: Callable[[State], bool]
+    mended: bytes = b""
+    """What the disk reads as once a mount has recovered a state that is an image and not sound; empty: there are none."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ async def explore(scenario: Scenario, effort: Effort, seed: int = 0) -> Tally:
         for state in window.states(effort.limit, effort.samples, dice):
             tally.states += 1
             if not scenario.allowed(state):
+                if scenario.mended:
+                    await _second_life(state.content, scenario.base, dice, 0, scenario.mended)
+                    tally.lives += 1
                 continue
             shape = shape_of(state.content)
             if shape not in shapes:
@@ -114,12 +119,13 @@ async def _check(content: bytes) -> None:
     assert found.consistent, found
 
 
-async def _second_life(content: bytes, base: bytes, dice: random.Random, cuts: int) -> int:
+async def _second_life(content: bytes, base: bytes, dice: random.Random, cuts: int, mended: bytes = b"") -> int:
     """Open what a power cut left, write to it, close it, check it; with `cuts` cut the power in this life, too."""
     storage = RecordingStorage(content)
-    old = judge(content, base).content
+    old = mended or judge(content, base).content
     async with memory_disk(storage, base, mode=dice.choice((Mode.COR, Mode.COW))) as rig:
         history = History(rig, old)
+        await rig.image.survey()
         assert bytes(await rig.disk.read(0, len(old))) == old
         cluster = dice.randrange(max(1, len(old) // 4096))
         await history.write(cluster * 8, pattern(min(8192, len(old) - cluster * 4096), 99))

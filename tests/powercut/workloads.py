@@ -309,7 +309,7 @@ async def _mended(name: str, mend: Callable[[RecordingStorage], Awaitable[Histor
             history.check(state.last, content)
         return True
 
-    return Scenario(name, storage.before, storage.log, BASE, allowed)
+    return Scenario(name, storage.before, storage.log, BASE, allowed, mended=whole)
 
 
 async def repaired() -> Scenario:
