@@ -43,5 +43,5 @@ stage Format ruff format --check .
 stage Lint ruff check .
 stage Types mypy
 section Tests
-# Last, so that the last line is pytest's own summary.
-exec python -m pytest "$@"
+# Two at once for each processor: most tests wait for other programs. Last, so that the last line is pytest's own summary.
+exec python -m pytest -n "$((2 * $(nproc)))" "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -107,7 +108,11 @@ def test_interrupted_parent_stops_the_child(number: signal.Signals, tmp_path: Pa
     signal.pause()
     """
     code = _PROGRAM.format(body=textwrap.indent(textwrap.dedent(body), "    ").strip())
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, env=_ENVIRONMENT) as parent:
+    # Whoever runs the tests may ignore the signal, and what they start inherits that.
+    listening = functools.partial(signal.signal, number, signal.SIG_DFL)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, env=_ENVIRONMENT, preexec_fn=listening
+    ) as parent:
         with ended.open() as end:
             started.read_text()
             parent.send_signal(number)
