@@ -242,7 +242,7 @@ async def test_a_name_anywhere_in_a_header_of_several_clusters(tmp_path: Path) -
 
 @pytest.mark.parametrize(("length", "opens"), [(4032, True), (4033, False)])
 async def test_the_longest_name_is_what_the_header_has_room_for(
-    length: int, opens: bool, request: Request
+    length: int, opens: bool, request: pytest.FixtureRequest
 ) -> None:  # 33
     # In a folder of a short name: together they are a path, which the system limits to 4095 bytes.
     folder = Path(mkdtemp(dir="/tmp"))
