@@ -110,15 +110,15 @@ class _Rounds:
         self._point = folder / "mnt"
         self._point.mkdir()
         (folder / "base.raw").write_bytes(content(plan.seed, np.arange(self._sectors), 0))
-        socket = stack.enter_context(_nbd_server(folder))
-        _run(
+        socket = stack.enter_context(nbd_server(folder))
+        run(
             *(*QEDFS, "create", "-b", f"nbd+unix:///?socket={socket}", "-F", "raw"),
             *("--cluster-size", str(plan.cluster_size), "--table-size", str(plan.table_size), str(self._leaf)),
         )
-        self._loads = stack.enter_context(_loads(self._point / "vm.raw", folder, self._sectors, plan.seed))
+        self._loads = stack.enter_context(loads(self._point / "vm.raw", folder, self._sectors, plan.seed))
 
     def round(self, number: int) -> None:
-        with _mounted(self._plan.serve, self._leaf, self._point) as server:
+        with mounted(self._plan.serve, self._leaf, self._point) as server:
             self._judge_all()
             before = int(self._ledger.issued.sum())
             seed, seconds = self._plan.seed * 1000 + number, self._random.uniform(*LOAD_SECONDS)
@@ -142,14 +142,14 @@ class _Rounds:
 
     def finish(self) -> None:
         """End in good order; QEMU reads the same."""
-        with _mounted(self._plan.serve, self._leaf, self._point) as server:
+        with mounted(self._plan.serve, self._leaf, self._point) as server:
             self._judge_all()
-            _run(*QEDFS, "unmount", str(self._point))
+            run(*QEDFS, "unmount", str(self._point))
             if server.wait(PATIENCE):
                 raise Violation(f"the server ended with status {server.returncode}")
         self._check()
         raw = self._folder / "by-qemu.raw"
-        _run("qemu-img", "convert", "-f", "qed", "-O", "raw", str(self._leaf), str(raw))
+        run("qemu-img", "convert", "-f", "qed", "-O", "raw", str(self._leaf), str(raw))
         self._judge(0, raw.read_bytes())
 
     def _check(self) -> None:
@@ -186,7 +186,7 @@ class _Rounds:
         self._ledger.settle(first, versions)
 
 
-class _Loads:
+class Loads:
     """The server of loads (`load.py`)."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -213,14 +213,14 @@ class _Loads:
 
 
 @contextmanager
-def _loads(disk: Path, folder: Path, sectors: int, salt: int) -> Iterator[_Loads]:
+def loads(disk: Path, folder: Path, sectors: int, salt: int) -> Iterator[Loads]:
     command = [sys.executable, "-m", "contrib.kill.load", *map(str, (disk, folder / "ledger", sectors, salt))]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # it forks
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         try:
-            yield _Loads(process)
+            yield Loads(process)
             assert process.stdin
             process.stdin.close()
             process.wait(PATIENCE)
@@ -229,7 +229,7 @@ def _loads(disk: Path, folder: Path, sectors: int, salt: int) -> Iterator[_Loads
 
 
 @contextmanager
-def _nbd_server(folder: Path) -> Iterator[Path]:
+def nbd_server(folder: Path) -> Iterator[Path]:
     socket = folder / "nbd.socket"
     # Slow enough that a kill meets fetches under way. (nbdkit ends by an assertion when its client is killed.)
     slowly = ["--object", f"throttle-group,id=slow,x-iops-total={REQUESTS_PER_SECOND}"]
@@ -237,19 +237,19 @@ def _nbd_server(folder: Path) -> Iterator[Path]:
     command = ["qemu-nbd", "--read-only", "--persistent", "--shared=16", f"--socket={socket}", *slowly, "--image-opts"]
     with subprocess.Popen([*command, image]) as process:
         try:
-            _wait_until(lambda: socket.exists() or process.poll() is not None, "qemu-nbd")
+            wait_until(lambda: socket.exists() or process.poll() is not None, "qemu-nbd")
             yield socket
         finally:
             process.kill()
 
 
 @contextmanager
-def _mounted(serve: Sequence[str], leaf: Path, point: Path) -> Iterator[subprocess.Popen[bytes]]:
+def mounted(serve: Sequence[str], leaf: Path, point: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Serve `leaf` while inside; what is left of the mount afterwards is detached."""
     command = [*serve, "mount", "-f", "--log-file", f"{point}.log", str(leaf), str(point)]
     with subprocess.Popen(command, cwd=ROOT) as server:
         try:
-            _wait_until(lambda: os.path.ismount(point) or server.poll() is not None, "the mount")
+            wait_until(lambda: os.path.ismount(point) or server.poll() is not None, "the mount")
             if server.poll() is not None:
                 raise Violation(f"cannot be mounted again (status {server.returncode}): {_tail(Path(f'{point}.log'))}")
             yield server
@@ -263,7 +263,7 @@ def _tail(log: Path) -> str:
     return log.read_text(errors="replace")[-1000:] if log.exists() else ""
 
 
-def _wait_until(condition: object, what: str) -> None:
+def wait_until(condition: object, what: str) -> None:
     assert callable(condition)
     end = time.monotonic() + PATIENCE
     while not condition():
@@ -272,7 +272,7 @@ def _wait_until(condition: object, what: str) -> None:
         time.sleep(0.005)
 
 
-def _run(*command: str) -> None:
+def run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=ROOT)
     if done.returncode:
         raise Violation(f"{' '.join(command)}: status {done.returncode}: {done.stderr}")
