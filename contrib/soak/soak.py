@@ -122,17 +122,18 @@ def _round(report: Report, bases: Bases, steady: Served, ending: Served, end: st
 def _disturb(report: Report, bases: Bases, steady: Served, ending: Served, seconds: float) -> None:
     """Disturb both mounts while the NBD server goes, and comes back."""
     start = time.monotonic()
-    stop, back = start + seconds / 4, start + seconds / 4 + OUTAGE
-    bases_up = True
-    while time.monotonic() < start + seconds or not bases_up:
+    stopped: float | None = None
+    up = True
+    # However slow a disturbance is, the server goes once, and comes back.
+    while time.monotonic() < start + seconds or stopped is None or not up:
         now = time.monotonic()
-        if bases_up and stop <= now < back:
+        if stopped is None and now >= start + seconds / 4:
             bases.stop_server()
-            bases_up = False
+            stopped, up = now, False
             report.outages += 1
-        elif not bases_up and now >= back:
+        elif stopped is not None and not up and now >= stopped + OUTAGE:
             bases.start_server()
-            bases_up = True
+            up = True
         for served in (steady, ending):
             served.disturb()
             report.disturbances += 1
