@@ -29,15 +29,19 @@ def in_background(serve: Callable[[Ready], int]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe2(os.O_CLOEXEC)
+    # An interrupt waits until the parent is ready for it: before, nobody would tell the child.
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child:
         os.close(writing)
-        return _wait_until_usable(child, reading)
+        return _wait_until_usable(child, reading, signals)
+    signal.pthread_sigmask(signal.SIG_SETMASK, signals)
     return _serve_detached(serve, writing)
 
 
-def _wait_until_usable(child: int, pipe: int) -> int:
+def _wait_until_usable(child: int, pipe: int, signals: set[int]) -> int:
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         with open(pipe, "rb", closefd=True) as answers:
             if answers.read(1) == _USABLE:
                 return 0

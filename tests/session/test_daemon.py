@@ -10,8 +10,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
 import qedfs
 
 _PROGRAM = """
@@ -97,24 +95,50 @@ def test_ready_fails_when_nobody_waits(tmp_path: Path) -> None:
         assert answer.read_text() == "BrokenPipeError"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT])
-def test_interrupted_parent_stops_the_child(number: signal.Signals, tmp_path: Path) -> None:
-    started, ended = tmp_path / "started", tmp_path / "ended"
+def interrupted(tmp_path: Path, *, early: bool) -> int:
+    """Interrupt a parent that waits, or (`early`) that has just forked; return its exit status once the child is gone."""
+    started, ended, working = tmp_path / "started", tmp_path / "ended", tmp_path / "working"
     os.mkfifo(started)
     os.mkfifo(ended)
     body = f"""
     hold = open({str(ended)!r}, "w")
     open({str(started)!r}, "w").close()
+    open({str(working)!r}, "w").close()
     signal.pause()
     """
     code = _PROGRAM.format(body=textwrap.indent(textwrap.dedent(body), "    ").strip())
+    if early:
+        code = _INTERRUPTED_FORK.format(working=str(working)) + code
     # Whoever runs the tests may ignore the signal, and what they start inherits that.
-    listening = functools.partial(signal.signal, number, signal.SIG_DFL)
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.DEVNULL, env=_ENVIRONMENT, preexec_fn=listening
     ) as parent:
         with ended.open() as end:
             started.read_text()
-            parent.send_signal(number)
+            if not early:
+                parent.send_signal(signal.SIGINT)
             assert end.read() == ""  # the child is gone
-        assert parent.wait(30) != 0
+        return parent.wait(30)
+
+
+def test_interrupted_parent_stops_the_child(tmp_path: Path) -> None:
+    assert interrupted(tmp_path, early=False) != 0
+
+
+def test_parent_interrupted_before_it_waits_stops_the_child_too(tmp_path: Path) -> None:
+    assert interrupted(tmp_path, early=True) != 0
+
+
+_INTERRUPTED_FORK = """
+import os, signal
+real = os.fork
+def fork():
+    child = real()
+    if child:
+        while not os.path.exists({working!r}):  # this parent is late
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+    return child
+os.fork = fork
+"""
