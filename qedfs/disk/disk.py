@@ -360,7 +360,9 @@ class Disk:
         return counts.data << self._shift if counts else 0
 
     async def density(self, parts: int = 256) -> list[float]:
-        """Return for each of `parts` equal parts of the disk how many percent of it are local."""
+        """Return for each of `parts` equal parts of the disk how many percent of it need no backing."""
+        if self._backing is None:
+            return [100.0] * parts
         bounds = [part * self.size // parts for part in range(parts + 1)]
         below = await self._image.local_below(bounds)
         return [

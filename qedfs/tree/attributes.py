@@ -107,12 +107,15 @@ async def _clusters_backing(leaf: Leaf) -> str:
 
 async def _allocated_bytes(leaf: Leaf) -> str:
     counts = await leaf.disk.counts()
+    if not leaf.disk.statistics().backing:
+        return str(leaf.disk.size)  # what is nowhere reads as zeros
     return str(min(leaf.disk.size, (counts.data + counts.zero) * leaf.disk.cluster_size))
 
 
 async def _progress(leaf: Leaf) -> str:
     counts = await leaf.disk.counts()
-    return progress(counts.data + counts.zero, leaf.disk.statistics().clusters_total)
+    facts = leaf.disk.statistics()
+    return progress(counts.data + counts.zero if facts.backing else facts.clusters_total, facts.clusters_total)
 
 
 def progress(local: int, total: int) -> str:

@@ -42,6 +42,7 @@ async def test_every_listed_name_can_be_read() -> None:
 
 async def test_counts_add_up_to_the_total() -> None:
     disk = FakeDisk(size=10 * 65536)
+    disk.facts = FakeStatistics(clusters_total=10, backing="nbd://host/base")
     disk.counted = FakeCounts(data=3, zero=2)
     assert await value(disk, "clusters_total") == "10"
     assert await value(disk, "clusters_data") == "3"
@@ -53,7 +54,7 @@ async def test_counts_add_up_to_the_total() -> None:
 
 async def test_allocated_bytes_end_with_the_disk() -> None:
     disk = FakeDisk(size=65536 + 512)
-    disk.facts = FakeStatistics(clusters_total=2)
+    disk.facts = FakeStatistics(clusters_total=2, backing="nbd://host/base")
     disk.counted = FakeCounts(data=2)
     assert await value(disk, "allocated_bytes") == str(65536 + 512)
 
@@ -181,3 +182,12 @@ def test_no_attribute_can_be_removed(name: str, number: int) -> None:
     with pytest.raises(QedfsError) as caught:
         refuse_removal(name.encode())
     assert caught.value.errno == number
+
+
+async def test_a_disk_without_backing_needs_none_for_anything() -> None:
+    disk = FakeDisk(size=4 * 65536)
+    disk.facts = FakeStatistics(clusters_total=4, backing="")
+    disk.counted = FakeCounts(data=1)
+    assert await value(disk, "progress") == "100.00"
+    assert await value(disk, "allocated_bytes") == str(4 * 65536)
+    assert await value(disk, "clusters_backing") == "3"
