@@ -155,12 +155,14 @@ class Disk:
         if run.state is State.ZERO or self._backing is None:
             return bytes(run.length)
         with trio.move_on_after(self._options.backing_timeout or float("inf")):
-            if self.copying and self.cluster_size <= MAX_FETCH:
+            # Asked once: mode and hold may change, and a rest may end, while the bytes are on their way.
+            copying = self.copying
+            if copying and self.cluster_size <= MAX_FETCH:
                 return await self._read_fetched(run)
             data = bytearray(run.length)
             if not self._backing.read_nowait(run.pos, memoryview(data)):
                 await self._backing.read_into(run.pos, memoryview(data))
-            if self.copying:
+            if copying:
                 for cluster in range(run.pos >> self._shift, (run.pos + run.length - 1 >> self._shift) + 1):
                     self._nursery.start_soon(self._copies.copy_large, cluster, self._backing)
             return data

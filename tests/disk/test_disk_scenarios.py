@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 
+from qedfs.config import Mode
 from qedfs.errors import BackingUnavailable, CorruptEntry, LeafError, LeafFailed, LeafFull
 from qedfs.image.tables import State
 from tests.model.fake_source import FakeSource
@@ -129,6 +130,25 @@ async def test_promised_zeros_are_linked_although_a_claim_comes_in_between() -> 
             writes.release()
         await settled()
         assert [await state_of(rig, c) for c in (6, 7, 8, 9)] == [State.ZERO, State.DATA, State.DATA, State.ZERO]
+
+
+async def test_a_read_that_began_while_nothing_was_copied_copies_nothing_when_that_changes() -> None:
+    """A copy of the kind made for large clusters would write a megabyte over what lies behind a small one."""
+    storage = await empty_image(16 * C)
+    async with memory_disk(storage, BASE, mode=Mode.COW) as rig:
+        gate = rig.source.hold(lambda pos: pos == 7 * C)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.disk.read, 7 * C, C)
+            await gate.arrived()
+            await rig.disk.set_mode(Mode.COR)
+            gate.release()
+        again = rig.source.hold(lambda pos: pos == 7 * C)
+        await settled()
+        await rig.disk.write(9 * C, pattern(C, 9))
+        again.release()
+        await settled()
+        assert await state_of(rig, 7) is State.BACKING
+        assert bytes(await rig.disk.read(9 * C, C)) == pattern(C, 9)
 
 
 async def test_a_read_after_a_write_sees_it_even_while_a_fetch_of_the_cluster_is_on_its_way() -> None:
