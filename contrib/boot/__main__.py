@@ -1,4 +1,4 @@
-"""Boot a small Linux guest from a leaf over an NBD server and judge the outcome, once: `python -m contrib.boot --help`."""
+"""Boot a small Linux guest from a leaf over a server and judge the outcome, once or in all ways: `python -m contrib.boot --help`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ import tempfile
 from pathlib import Path
 
 from contrib.boot import guest
-from contrib.boot.boot import CACHES, WAYS, Options, boot
+from contrib.boot.boot import MODES, WAYS, Options, boot
+from contrib.boot.hypervisors import AIOS, CACHES, HYPERVISORS, Drive
+from contrib.boot.matrix import run_matrix
 from contrib.boot.server import SERVERS, TRANSPORTS
 
 
 def main() -> None:
     default = Options()
     parser = argparse.ArgumentParser(prog="python -m contrib.boot", description=__doc__)
-    parser.add_argument("--cache", choices=CACHES, default=default.cache, help="QEMU's cache mode (%(default)s)")
+    parser.add_argument("--matrix", action="store_true", help="all combinations, as a table; minutes")
+    parser.add_argument("--hypervisor", choices=HYPERVISORS, default=default.hypervisor, help="(%(default)s)")
+    parser.add_argument("--cache", choices=CACHES, default=default.drive.cache, help="QEMU's cache mode (%(default)s)")
+    parser.add_argument("--aio", choices=AIOS, default=default.drive.aio, help="QEMU's way of I/O (%(default)s)")
+    parser.add_argument(
+        "--unmap", action="store_true", help="discard=unmap, detect-zeroes=unmap, and fstrim in the guest"
+    )
     parser.add_argument("--server", choices=SERVERS, default=default.server, help="of the base (%(default)s)")
     parser.add_argument("--transport", choices=TRANSPORTS, default=default.transport, help="of NBD (%(default)s)")
+    parser.add_argument("--mode", choices=MODES, default=default.mode, help="of the leaf (%(default)s)")
     parser.add_argument(
         "--through",
         choices=WAYS,
@@ -32,17 +41,27 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     # An end from outside ends the servers and the mount in good order, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    drive = Drive(*(arguments.pop(name) for name in Drive._fields))
+    is_matrix = arguments.pop("matrix")
     try:
         made = guest.made(arguments.pop("guests"))
-        with tempfile.TemporaryDirectory(prefix="qedfs-boot-") as folder:
-            report = boot(made, Options(**arguments), Path(folder))
+        if is_matrix:
+            sys.exit(not run_matrix(made, arguments["timeout"], print))
+        once(made, Options(drive=drive, **arguments))
     except guest.BootError as error:
         sys.exit("\n".join([*getattr(error, "__notes__", ()), f"boot: {error}"]))
+
+
+def once(made: guest.Guest, options: Options) -> None:
+    """Boot once and print what was measured."""
+    with tempfile.TemporaryDirectory(prefix="qedfs-boot-") as folder:
+        report = boot(made, options, Path(folder))
     for step, seconds in report.seconds.items():
         print(f"{step:20} {seconds:8.2f} s")
-    if report.backing_bytes_read is not None:
-        print(f"{'read from the base':20} {report.backing_bytes_read / 2**20:8.1f} MiB")
-    print(f"{'leaf':20} {report.leaf_bytes / 2**20:8.1f} MiB")
+    sizes = {"read from the base": report.backing_bytes_read, "local": report.local_bytes, "leaf": report.leaf_bytes}
+    for name, size in sizes.items():
+        if size is not None:
+            print(f"{name:20} {size / 2**20:8.1f} MiB")
 
 
 if __name__ == "__main__":

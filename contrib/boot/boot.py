@@ -10,34 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from contrib.boot import judge, workload
 from contrib.boot.guest import DISK_BYTES, BootError, Guest, run
+from contrib.boot.hypervisors import Disk, Drive, run_guest
 from contrib.boot.server import serving
 
-CACHES = ("none", "writeback")
+MODES = ("cow", "cor")
 QEDFS = (sys.executable, "-m", "qedfs")
-CONSOLE_LINES = 40
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to boot. `through` is `qedfs` (a raw file in a mount) or `qemu` (QEMU's own QED driver, for comparison)."""
+    """How to boot: `hypervisor` is one of HYPERVISORS, `server` of SERVERS, `mode` one of MODES. `through` is `qedfs` (a raw file in a mount) or `qemu` (QEMU's own QED driver, for comparison)."""
 
-    cache: str = "none"
+    hypervisor: str = "q35"
+    drive: Drive = field(default_factory=Drive)
     server: str = "qemu-nbd"
     transport: str = "unix"
+    mode: str = "cor"
     through: str = "qedfs"
     timeout: float = 180.0
     """Seconds the guest may take."""
-
-
-class Disk(NamedTuple):
-    """What QEMU is told to boot from."""
-
-    path: Path
-    format: str
 
 
 @dataclass
@@ -48,6 +42,8 @@ class Report:
     """Of each step, in their order."""
     backing_bytes_read: int | None = None
     """As qedfs counts them; None for QEMU, which does not."""
+    local_bytes: int | None = None
+    """Of the disk, without need of the backing when the guest was off; likewise."""
     leaf_bytes: int = 0
     """Room the leaf takes in its file system, after the run."""
 
@@ -70,8 +66,8 @@ def boot(guest: Guest, options: Options, folder: Path) -> Report:
     token = os.urandom(8).hex()
     base_before = judge.sha256_of(guest.disk)
     with serving(guest.disk, options.server, options.transport, folder) as url:
-        with WAYS[options.through](leaf, url, report) as disk, report.timed("boot"):
-            run_guest(guest, disk, token, options, folder / "console")
+        with WAYS[options.through](leaf, url, options.mode, report) as disk, report.timed("boot"):
+            run_guest(options.hypervisor, guest, disk, options.drive, token, folder, options.timeout)
         with report.timed("check"):
             judge.check_leaf(leaf)
             judge.check_files(leaf, workload.sums_after(guest.sums(), token), folder)
@@ -82,18 +78,19 @@ def boot(guest: Guest, options: Options, folder: Path) -> Report:
 
 
 @contextmanager
-def through_qedfs(leaf: Path, url: str, report: Report) -> Iterator[Disk]:
+def through_qedfs(leaf: Path, url: str, mode: str, report: Report) -> Iterator[Disk]:
     """Make `leaf` over the export at `url`, mount it beside itself, and unmount it after use."""
     mountpoint, log = leaf.with_name("mnt"), leaf.with_name("mount.log")
     mountpoint.mkdir()
     with report.timed("create"):
-        run(*QEDFS, "create", "-b", url, "-F", "raw", leaf)
+        run(*QEDFS, "create", "--mode", mode, "-b", url, "-F", "raw", leaf)
     try:
         with report.timed("mount"):
             run(*QEDFS, "mount", "--log-file", log, leaf, mountpoint)
         disk = mountpoint / "vm.raw"
         yield Disk(disk, "raw")
         report.backing_bytes_read = int(os.getxattr(disk, "user.qedfs.backing_bytes_read"))
+        report.local_bytes = int(os.getxattr(disk, "user.qedfs.allocated_bytes"))
         with report.timed("unmount"):
             run(*QEDFS, "unmount", mountpoint)
     except BaseException as error:
@@ -101,43 +98,28 @@ def through_qedfs(leaf: Path, url: str, report: Report) -> Iterator[Disk]:
             error.add_note(f"qedfs:\n{log.read_text(errors='replace')}")
         subprocess.run(["fusermount3", "-q", "-u", "-z", "--", mountpoint], check=False)
         raise
+    judge_traffic(mode, report.backing_bytes_read, report.local_bytes)
+
+
+def judge_traffic(mode: str, fetched: int, local: int) -> None:
+    """Raise BootError unless a run has fetched and kept as much as `mode` says, in bytes."""
     # The guest has read some parts of the base from end to end, but not the whole disk.
-    least = workload.PARTS_READ * workload.PART_BYTES
-    if not least <= report.backing_bytes_read < DISK_BYTES:
-        raise BootError(f"backing_bytes_read is {report.backing_bytes_read}, not between {least} and {DISK_BYTES}")
+    read = workload.PARTS_READ * workload.PART_BYTES
+    if not read <= fetched < DISK_BYTES:
+        raise BootError(f"backing_bytes_read is {fetched}, not between {read} and {DISK_BYTES}")
+    # What it writes is less than what it reads: the sum tells whether the reads were kept.
+    if (local >= read) != (mode != "cow"):
+        raise BootError(f"mode {mode}: allocated_bytes is {local}, which does not fit {read} that the guest has read")
 
 
 @contextmanager
-def through_qemu(leaf: Path, url: str, report: Report) -> Iterator[Disk]:
+def through_qemu(leaf: Path, url: str, mode: str, report: Report) -> Iterator[Disk]:
     """Make `leaf` over the export at `url` with QEMU's tools, for QEMU's own driver."""
+    if mode != "cow":
+        raise BootError("through qemu: its QED driver has mode cow only")
     with report.timed("create"):
         run("qemu-img", "create", "-q", "-f", "qed", "-b", url, "-F", "raw", leaf)
     yield Disk(leaf, "qed")
 
 
 WAYS = {"qedfs": through_qedfs, "qemu": through_qemu}
-
-
-def run_guest(guest: Guest, disk: Disk, token: str, options: Options, console: Path) -> None:
-    """Run the guest on `disk` until it powers off, by emulation, so that it is the same on every machine.
-
-    Raises:
-        BootError: QEMU fails, or the guest does not finish its work in time.
-    """
-    # QEMU's default processor emulates faster than newer ones: the guest picks instructions that are slow to emulate.
-    command = [
-        *("qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "256"),
-        *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", f"file:{console}"),
-        *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)),
-        *("-append", f"console=ttyS0 panic=-1 token={token}"),
-        *("-drive", f"file={disk.path},format={disk.format},if=virtio,cache={options.cache}"),
-    ]
-    try:
-        run(*command, timeout=options.timeout)
-        if "guest: done" not in console.read_text(errors="replace"):
-            raise BootError("guest: powered off before its work was done")
-    except BootError as error:
-        if console.exists():
-            lines = console.read_text(errors="replace").splitlines()[-CONSOLE_LINES:]
-            error.add_note("\n".join(["console:", *lines]))
-        raise

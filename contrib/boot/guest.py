@@ -29,7 +29,7 @@ RECIPE = ("guest.py", "workload.py", "initramfs-init", "guest-init")
 DISK_BYTES = 256 << 20
 KERNELS = ("linux-image-cloud-amd64", "linux-image-virtual")
 """Packages that depend on the newest kernel for virtual machines: Debian's, Ubuntu's."""
-DRIVERS = ("virtio_pci", "virtio_blk", "ext4")
+DRIVERS = ("virtio_pci", "virtio_mmio", "virtio_blk", "ext4")
 
 
 class BootError(Exception):

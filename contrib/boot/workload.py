@@ -28,10 +28,11 @@ def part(number: int) -> bytes:
 
 
 def base_files() -> dict[str, bytes]:
-    """Return the data files of the base image: 40 MiB."""
+    """Return the data files of the base image: 41 MiB."""
     files = {f"/base/part-{number}": part(number) for number in range(PARTS)}
     files["/base/overwritten"] = seeded("overwritten", 2 << 20)
     files["/base/scattered"] = seeded("scattered", 4 << 20)
+    files["/base/zeroed"] = seeded("zeroed", 1 << 20)
     files["/base/removed"] = seeded("removed", 2 << 20)
     return files
 
@@ -45,13 +46,17 @@ def sums_after(base: dict[str, str], token: str) -> dict[str, str]:
     for page in range(16):
         target = (page * 61 + 7) * 4096
         scattered[target : target + 4096] = part_6[page * 4096 : (page + 1) * 4096]
+    zeroed = bytearray(seeded("zeroed", 1 << 20))
+    zeroed[3 << 16 : 11 << 16] = bytes(8 << 16)
     written = {
         "/guest/token": f"{token}\n".encode(),
         "/guest/base.sums": sum_lines({f"/base/part-{n}": sha256(part(n)) for n in range(PARTS_READ)}),
         "/guest/lines": "".join(f"{token} {n}\n" for n in range(1, 100_001)).encode(),
         "/guest/piece": part(5)[7_000:3_007_000],
+        "/guest/zeros": bytes(1 << 20),
         "/base/overwritten": bytes(overwritten),
         "/base/scattered": bytes(scattered),
+        "/base/zeroed": bytes(zeroed),
     }
     sums = {path: sha256(content) for path, content in written.items()}
     after = base | sums | {"/guest/SHA256SUMS": sha256(sum_lines(sums))}
