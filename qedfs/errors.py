@@ -39,6 +39,12 @@ class QedfsError(Exception):
         return printable(f"{self.what}: {self.why}")
 
 
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return one error for several tasks that worked on one thing: a failure before a cancellation that it caused."""
+    errors = [first_of(e) if isinstance(e, BaseExceptionGroup) else e for e in group.exceptions]
+    return next((e for e in errors if isinstance(e, Exception)), errors[0])
+
+
 class UsageError(QedfsError):
     """The user's fault: a wrong argument, option or value."""
 

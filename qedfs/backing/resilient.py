@@ -87,6 +87,9 @@ class Backing:
         """Counts resets: what was opened before one is not used after it."""
         self._connecting: trio.Event | None = None
         self._closed = trio.Event()
+        self._requests = 0
+        """Under way, retries and pauses between them included."""
+        self._unused: trio.Event | None = None
         self._refused: BackingRefused | None = None
         self._state = BackingState.IDLE
         self._failures = 0
@@ -96,6 +99,8 @@ class Backing:
         self._extended_at = -float("inf")
         self._successes = 0
         self._bytes_read = 0
+        self.epoch = 0
+        """Changes with every connection and reset. What the backing promised about zeros holds for one epoch only."""
         self._last_error = ""
         self._last_error_time: float | None = None
         self.failure: QedfsError | None = None
@@ -166,6 +171,11 @@ class Backing:
 
         return await self._retried(ask)
 
+    @property
+    def refused(self) -> bool:
+        """Whether it failed for good, until `reset`."""
+        return self._refused is not None
+
     def statistics(self) -> BackingStatistics:
         size = None if self._expected is None else self._expected.size
         return BackingStatistics(self._bytes_read, self._state, self._last_error, self._last_error_time, size)
@@ -173,6 +183,7 @@ class Backing:
     async def reset(self, expected: Identity | None = None) -> None:
         """Forget the connection and a final error; the next request connects anew and finds `expected`, or anything."""
         self._generation += 1
+        self.epoch += 1
         self._refused = None
         self._expected = expected
         self._state = BackingState.IDLE
@@ -188,7 +199,23 @@ class Backing:
             attempt.cancel()
         await self._drop()
 
+    async def retire(self) -> None:
+        """Close the source when every request under way has ended. The caller makes no new ones."""
+        if self._requests:
+            self._unused = trio.Event()
+            await self._unused.wait()
+        await self.aclose()
+
     async def _retried(self, request: Callable[[Source], Awaitable[T]]) -> T:
+        self._requests += 1
+        try:
+            return await self._until_answered(request)
+        finally:
+            self._requests -= 1
+            if self._unused is not None and not self._requests:
+                self._unused.set()
+
+    async def _until_answered(self, request: Callable[[Source], Awaitable[T]]) -> T:
         asked: Source | None = None
         failures = successes = 0
         while True:
@@ -260,6 +287,7 @@ class Backing:
                 await close(source)
                 raise
             self._source, self._owing_since = source, None
+            self.epoch += 1
             self._format = source.format
             self._state = BackingState.HEALTHY
         except BackingUnavailable as error:

@@ -35,6 +35,8 @@ class Copies:
         self._stopped = trio.Event()
         self.error: QedfsError | None = None
         self.error_time = 0.0
+        self.copied = 0
+        """Clusters that came from the backing."""
 
     @property
     def full(self) -> bool:
@@ -102,6 +104,7 @@ class Copies:
                 for part_first, part_end, zero in zero_clusters(run_first, data, self._cluster_size):
                     if zero:
                         self._image.link_zero(part_first, part_end - part_first)
+                        self.copied += part_end - part_first
                     else:
                         await self._write(part_first, part_end, data[self._part(run_first, part_first, part_end)])
 
@@ -110,6 +113,7 @@ class Copies:
         # A write that fails leaves the extent leaked: what of it reached the disk is in doubt.
         await self._image.storage.write(extent.offset, data)
         self._image.link_data(first, end - first, extent.offset)
+        self.copied += end - first
 
     async def _copy_large_claimed(self, cluster: int, backing: Bytes) -> None:
         await self._image.begin_allocating()
@@ -128,6 +132,7 @@ class Copies:
                 self._image.link_zero(cluster, 1)
             else:
                 self._image.link_data(cluster, 1, extent.offset)
+        self.copied += 1
         if all_zero:
             self._image.allocator.release(extent.offset, extent.length)
 

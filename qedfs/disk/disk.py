@@ -8,60 +8,35 @@ from __future__ import annotations
 
 import logging
 import mmap
-import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import trio
 
 from qedfs.backing.resilient import Backing, BackingState, BackingStatistics
 from qedfs.config import DiskOptions, Mode, parse_choice
-from qedfs.disk import growth
+from qedfs.disk import completion, growth
 from qedfs.disk.claims import Claims
 from qedfs.disk.copies import Copies
 from qedfs.disk.fetches import MAX_FETCH, Fetch, Fetches
+from qedfs.disk.misses import Misses
+from qedfs.disk.populate import Populate
 from qedfs.disk.readahead import Readahead
+from qedfs.disk.telling import DiskStatistics, Errors
+from qedfs.disk.upkeep import commit_by_age
 from qedfs.disk.writes import Writes
-from qedfs.errors import BackingUnavailable, CorruptEntry, Held, LeafError, QedfsError, ReadOnly, UsageError
+from qedfs.errors import BackingUnavailable, CorruptEntry, Held, LeafError, QedfsError, ReadOnly, UsageError, first_of
 from qedfs.image.geometry import SECTOR
 from qedfs.image.image import Image
 from qedfs.image.tables import Counts, Run, State
 
 log = logging.getLogger(__name__)
 
-COMMIT_AGE = 1.0
-"""Seconds that metadata may be older than the disk before it is committed unasked: what a crash without any fsync may
-cost in copies, against one flush of the leaf."""
-PREFETCHES = 8
-"""Pieces of `MAX_FETCH` that one prefetch has under way at once."""
-LOG_PAUSE = 60.0
-"""Seconds between two lines of the log about errors of one kind."""
-RETRY_COMMIT = 5.0
-"""Seconds between attempts to commit when the leaf does not take it."""
 _SCRATCH = memoryview(mmap.mmap(-1, MAX_FETCH))
 """Where `read_nowait` puts its bytes: one for the process, since it is used up before the next await. It begins at a page:
 a bytearray begins 16 or 32 bytes into one, and then the processor takes each load of the copy from the page cache for
 dependent on the store before it (their addresses agree in the low 12 bits): 3.7 µs for 4 KiB instead of 2.1."""
-
-
-@dataclass(frozen=True)
-class DiskStatistics:
-    """One disk at one moment. Sizes are in bytes; counts are of clusters, and None until all tables were seen."""
-
-    virtual_size: int
-    cluster_size: int
-    clusters_total: int
-    counts: Counts | None
-    mode: Mode
-    state: str
-    """As in the interface, `state`."""
-    backing: str
-    """For showing: credentials masked; empty when the image stands alone."""
-    backing_format: str
-    backing_bytes_read: int
-    last_error: str
-    """The newest error with its time (UTC); empty if there was none."""
 
 
 class Disk:
@@ -82,11 +57,14 @@ class Disk:
         self._claims = Claims()
         self._copies = Copies(image, self._claims, options.reserve)
         self._fetches = Fetches(backing, self.cluster_size, nursery, self._copies.copy) if backing else None
-        self._writes = Writes(image, self._claims, backing, self._fetches)
+        self._populate = Populate(image, backing, self._fetches, self._copies) if backing and self._fetches else None
+        self.misses = Misses(trio.current_time)
+        self._writes = Writes(image, self._claims, self.misses, backing, self._fetches)
+        self._news = trio.Event()
         self._readahead = Readahead(options.readahead // self.cluster_size)
-        self._error: QedfsError | None = None
-        self._error_time = 0.0
-        self._logged: dict[type[QedfsError], tuple[str, float]] = {}
+        self._errors = Errors(log)
+        self.note = self._errors.note
+        """Show an error as the newest one, and say it in the log if it is news."""
 
     @property
     def size(self) -> int:
@@ -143,7 +121,7 @@ class Disk:
                         break
                     run = await self._image.run(at, pos + length - at)
         except BaseExceptionGroup as group:
-            raise _first(group) from None
+            raise first_of(group) from None
         return result
 
     async def _read_piece(self, run: Run, into: memoryview) -> None:
@@ -160,9 +138,11 @@ class Disk:
             if copying and self.cluster_size <= MAX_FETCH:
                 return await self._read_fetched(run)
             data = bytearray(run.length)
-            if not self._backing.read_nowait(run.pos, memoryview(data)):
-                await self._backing.read_into(run.pos, memoryview(data))
-            if copying:
+            backing = self._backing
+            if not backing.read_nowait(run.pos, memoryview(data)):
+                with self.misses.wait(run.pos, run.length):
+                    await backing.read_into(run.pos, memoryview(data))
+            if copying and self._backing is not None:
                 for cluster in range(run.pos >> self._shift, (run.pos + run.length - 1 >> self._shift) + 1):
                     self._nursery.start_soon(self._copies.copy_large, cluster, self._backing)
             return data
@@ -173,7 +153,8 @@ class Disk:
         first, end = run.pos >> self._shift, (run.pos + run.length + self.cluster_size - 1) >> self._shift
         fetches = self._fetches.join(first, end, self.size, copy=True)
         self._widen(first, end)
-        buffers = await self._fetches.wait(fetches)
+        with self.misses.wait(run.pos, run.length):
+            buffers = await self._fetches.wait(fetches)
         pieces = [self._inside(fetch, data, run) for fetch, data in zip(fetches, buffers, strict=True)]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -293,62 +274,123 @@ class Disk:
             ReadOnly, Held: nothing may be copied into it.
         """
         self._check_writable()
-        if self._backing is not None and pos < self.size and length > 0:
-            self._nursery.start_soon(self._prefetch, pos, min(length, self.size - pos))
+        if self._populate is not None and pos < self.size and length > 0:
+            self._nursery.start_soon(self._prefetch, self._populate, pos, min(length, self.size - pos))
 
-    async def _prefetch(self, pos: int, length: int) -> None:
-        end = pos + length
-        slots = trio.Semaphore(PREFETCHES)
-        async with trio.open_nursery() as nursery:
-            while pos < end:
-                await slots.acquire()
-                stop = min(end, (pos // MAX_FETCH + 1) * MAX_FETCH)
-                nursery.start_soon(self._prefetch_piece, pos, stop, slots)
-                pos = stop
-
-    async def _prefetch_piece(self, pos: int, end: int, slots: trio.Semaphore) -> None:
+    async def _prefetch(self, populate: Populate, pos: int, length: int) -> None:
         try:
-            async with aclosing(self._image.runs(pos, end - pos)) as runs:
-                async for run in runs:
-                    if run.state is State.BACKING:
-                        await self._populate(run)
+            await populate.prefetch(pos >> self._shift, self._image.geometry.clusters(pos + length))
         except QedfsError as error:
             self.note(error)
-        finally:
-            slots.release()
 
-    async def _populate(self, run: Run) -> None:
-        """Bring the clusters of a run that is not local into the leaf: promised zeros without fetching them."""
-        assert self._backing is not None
-        assert self._fetches is not None
-        first, end = self._clusters_of(run)
-        pos, stop = first << self._shift, min(end << self._shift, self.size)
-        for extent in await self._backing.extents(pos, stop - pos):
-            if extent.zero:
-                # The promise counts for whole clusters only; the disk's end makes its last one whole.
-                zero_first = (pos + self.cluster_size - 1) >> self._shift
-                zero_end = end if pos + extent.length >= self.size else (pos + extent.length) >> self._shift
-                if zero_first < zero_end:
-                    await self._copies.link_promised(zero_first, zero_end)
-            pos += extent.length
-        async with aclosing(self._image.runs(first << self._shift, stop - (first << self._shift))) as runs:
-            async for missing in runs:
-                if missing.state is not State.BACKING:
-                    continue
-                if self.cluster_size > MAX_FETCH:
-                    await self._copies.copy_large(missing.pos >> self._shift, self._backing)
-                    continue
-                fetches = self._fetches.join(*self._clusters_of(missing), self.size, copy=True, wanted=True)
-                await self._fetches.wait(fetches)
+    # -- streaming -----------------------------------------------------------------------------------------------------
 
-    def _clusters_of(self, run: Run) -> tuple[int, int]:
-        return run.pos >> self._shift, (run.pos + run.length + self.cluster_size - 1) >> self._shift
+    @property
+    def populate(self) -> Populate | None:
+        """How what is missing comes; None once the image stands alone."""
+        return self._populate
+
+    @property
+    def may_copy(self) -> bool:
+        """Whether the leaf may be written without its guest asking for it."""
+        return not (self.read_only or self.held) and self._image.committer.failed is None
+
+    @property
+    def resting(self) -> bool:
+        """Whether copies pause because the leaf did not take the last one."""
+        return self._copies.resting
+
+    @property
+    def refused(self) -> bool:
+        """Whether the backing failed for good."""
+        return self._backing is not None and self._backing.refused
+
+    @property
+    def flushed_at(self) -> float:
+        """When the newest flush of the leaf that has ended well began, by trio's clock."""
+        return self._image.committer.flushed_at
+
+    def copied(self) -> int:
+        """Bytes of the disk that have been copied from the backing since the mount, for the guest or otherwise."""
+        return self._copies.copied << self._shift
+
+    def remaining(self) -> int | None:
+        """Bytes of the disk that are not local; None until all tables were seen."""
+        counts = self._image.counts_nowait()
+        if counts is None or self._populate is None:
+            return None if counts is None else 0
+        missing = self._image.geometry.clusters(self.size) - counts.data - counts.zero - self._populate.promised()
+        return max(0, missing) << self._shift
+
+    async def wait_news(self) -> None:
+        """Return when the mode has changed, or the image is not held any more, or it stands alone."""
+        await self._news.wait()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    async def stream(self, pos: int) -> int:
+        """Make the cluster at `pos` local if it is not; return how many bytes from `pos` on need no backing, without a gap.
+
+        0 at or past the end of the disk. The primitive of streaming: a loop that adds the answer to `pos` brings all.
+
+        Raises:
+            ReadOnly, Held: nothing may be copied into the leaf.
+            LeafError, LeafFull, LeafFailed: the leaf does not take it.
+            BackingUnavailable: the backing did not answer for `backing_timeout`.
+            BackingRefused, CorruptEntry: it cannot be had.
+        """
+        self._check_writable()
+        if pos >= self.size:
+            return 0
+        cluster = pos >> self._shift
+        try:
+            with trio.move_on_after(self._options.backing_timeout or float("inf")) as patience:
+                while self._populate is not None and (await self._image.run(pos, 1)).state is State.BACKING:
+                    if self._copies.resting:
+                        raise self._copies.error or LeafError(self.name, "takes no copies now")
+                    await self._populate.populate(cluster, cluster + 1)
+                    # A claim may have kept the copy out: then its writer makes the cluster local.
+                    async with self._claims.hold(cluster, cluster + 1):
+                        pass
+            if patience.cancelled_caught:
+                raise self._timed_out()
+            return self.size - pos if self._populate is None else await self._populate.local_bytes(pos)
+        except QedfsError as error:
+            self.note(error)
+            raise
+
+    async def complete(self) -> bool:
+        """Let the image stand alone, durably, if nothing is missing; False, and nothing changes, if something is.
+
+        docs/concurrency.md, "Completion".
+
+        Raises:
+            ReadOnly, Held, LeafError, LeafFull, LeafFailed: the leaf may not or cannot be written.
+            CorruptEntry: some of its entries are invalid, and the backing is all that is left of their clusters.
+            BackingRefused: what is missing cannot be told.
+        """
+        self._check_writable()
+        populate, backing = self._populate, self._backing
+        if populate is None or backing is None:
+            return True
+        if not await completion.complete(self._image, self._claims, populate):
+            return False
+        # No await since the header was written: nobody is sent to the backing any more.
+        self._backing = self._fetches = self._populate = None
+        self._writes.stand_alone()
+        log.info("%s: complete, stands alone", self.name)
+        self._tell()
+        await backing.retire()
+        return True
 
     # -- telling -------------------------------------------------------------------------------------------------------
 
     async def set_mode(self, mode: Mode) -> None:
         """Change what happens to clusters that are not in the leaf, and remember it there if there is room."""
         self.mode = mode
+        self._tell()
         if not self.read_only and self._image.record.mode != mode.value:
             await self._image.set_record(replace(self._image.record, mode=mode.value))
 
@@ -372,15 +414,6 @@ class Disk:
             for i in range(parts)
         ]
 
-    def note(self, error: QedfsError) -> None:
-        """Show `error` as the newest one, and say it in the log if it is news."""
-        self._error, self._error_time = error, time.time()
-        # Once, however many requests meet it: a damaged table may have a different error for each of its clusters.
-        logged, at = self._logged.get(type(error), ("", -LOG_PAUSE))
-        if str(error) != logged and trio.current_time() - at >= LOG_PAUSE:
-            self._logged[type(error)] = (str(error), trio.current_time())
-            log.warning("%s", error)
-
     def statistics(self) -> DiskStatistics:
         """Return how the disk is now."""
         backing = self._backing.statistics() if self._backing else None
@@ -398,39 +431,26 @@ class Disk:
         )
 
     def _last_error(self, backing: BackingStatistics | None) -> str:
-        candidates = [
-            (self._error_time, str(self._error or "")),
+        others = [
             (self._copies.error_time, str(self._copies.error or "")),
             (self._image.survey_time, self._image.survey_problem),
         ]
         if backing is not None:
-            candidates.append((backing.last_error_time or 0.0, backing.last_error))
-        at, text = max((c for c in candidates if c[1]), default=(0.0, ""))
-        return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(at))} {text}" if text else ""
+            others.append((backing.last_error_time or 0.0, backing.last_error))
+        return self._errors.newest(others)
 
     def _state(self, backing: BackingState) -> str:
         if self._image.committer.failed is not None:
             return "failed"
         if self.held:
             return "held"
+        if not self._image.backing_name:
+            return "complete"
         if backing in (BackingState.UNAVAILABLE, BackingState.REFUSED):
             return "backing-error"
         return "no-space" if self._copies.full else "passive"
 
     # -- background ----------------------------------------------------------------------------------------------------
-
-    async def _commit_by_age(self) -> None:
-        while True:
-            await self._image.wait_changed()
-            with trio.move_on_after(COMMIT_AGE):
-                await self._image.wait_urgent()
-            try:
-                await self._image.commit(durable=False)
-            except LeafError as error:
-                self.note(error)
-                if self._image.committer.failed is not None:
-                    return
-                await trio.sleep(RETRY_COMMIT)
 
     async def _survey(self) -> None:
         try:
@@ -442,7 +462,7 @@ class Disk:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._survey)
             if not self.read_only:
-                nursery.start_soon(self._commit_by_age)
+                nursery.start_soon(commit_by_age, self._image, self.note)
                 if self._backing is not None:
                     nursery.start_soon(self._copies.watch_room)
             task_status.started(self)
@@ -462,9 +482,3 @@ async def open_disk(image: Image, backing: Backing | None, options: DiskOptions)
             yield disk
         finally:
             nursery.cancel_scope.cancel()
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return one error for a request of several pieces: a failure before a cancellation that it caused."""
-    errors = [_first(e) if isinstance(e, BaseExceptionGroup) else e for e in group.exceptions]
-    return next((e for e in errors if not isinstance(e, trio.Cancelled)), errors[0])

@@ -29,7 +29,7 @@ class Bytes(Protocol):
 class Fetch:
     """The clusters `[first, end)` on their way, for a disk of `size` bytes. `buffer` is whole once `done` is set."""
 
-    __slots__ = ("buffer", "copy", "done", "end", "error", "first", "scope", "size", "waiters", "wanted")
+    __slots__ = ("buffer", "copy", "done", "end", "ended", "error", "first", "scope", "size", "waiters", "wanted")
 
     def __init__(self, first: int, end: int, size: int, *, copy: bool, wanted: bool) -> None:
         self.first = first
@@ -41,6 +41,9 @@ class Fetch:
         """It is fetched for its own sake, so it goes on when nobody waits."""
         self.buffer = bytearray()
         self.done = trio.Event()
+        """The bytes are here, or never will be."""
+        self.ended = trio.Event()
+        """It is also copied, as far as it could be."""
         self.error: QedfsError | None = None
         self.waiters = 0
         self.scope = trio.CancelScope()
@@ -122,6 +125,11 @@ class Fetches:
             first = fetch.end
         return result
 
+    async def room(self, length: int) -> None:
+        """Return when `length` bytes could be fetched for copying without waiting for earlier copies. Takes nothing."""
+        await self._budget.reserve(length)
+        self._budget.release(length)
+
     def widen(self, first: int, end: int, size: int) -> bool:
         """Start fetching for copying what of `[first, end)` is not under way, if the budget allows it at once."""
         if not self._budget.available((end - first) * self._cluster_size):
@@ -191,6 +199,7 @@ class Fetches:
             if not fetch.done.is_set() and fetch.error is None:
                 fetch.error = BackingUnavailable("backing", "the disk is being closed")
             fetch.done.set()
+            fetch.ended.set()
 
     async def _read(self, fetch: Fetch, length: int) -> None:
         buffer = bytearray(length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qedfs.backing.resilient import Backing
 from qedfs.disk.claims import Claims
 from qedfs.disk.fetches import MAX_FETCH, Fetches
+from qedfs.disk.misses import Misses
 from qedfs.disk.plan import Kind, Part, cut
 from qedfs.image.geometry import SECTOR
 from qedfs.image.image import Image
@@ -14,9 +15,12 @@ from qedfs.image.tables import State
 class Writes:
     """Writes to one image. `backing` and `fetches` are None where the image stands alone."""
 
-    def __init__(self, image: Image, claims: Claims, backing: Backing | None, fetches: Fetches | None) -> None:
+    def __init__(
+        self, image: Image, claims: Claims, misses: Misses, backing: Backing | None, fetches: Fetches | None
+    ) -> None:
         self._image = image
         self._claims = claims
+        self._misses = misses
         self._backing = backing
         self._fetches = fetches
         self._cluster_size = image.geometry.cluster_size
@@ -31,6 +35,10 @@ class Writes:
                 await self._allocating(run.pos, data[: run.length])
             pos += run.length
             data = data[run.length :]
+
+    def stand_alone(self) -> None:
+        """Need no backing any more: all that is not local reads as zeros."""
+        self._backing = self._fetches = None
 
     async def localise(self, cluster: int) -> None:
         """Bring a cluster that is in the backing into the leaf, zeros past the end of the disk. The caller has its claim."""
@@ -83,7 +91,8 @@ class Writes:
         if self._backing.read_nowait(pos, memoryview(content)[: size - pos]):
             return content
         fetches = self._fetches.join(cluster, cluster + 1, size, copy=False)
-        (fetched,) = await self._fetches.wait(fetches)
+        with self._misses.wait(pos, self._cluster_size):
+            (fetched,) = await self._fetches.wait(fetches)
         start = (cluster - fetches[0].first) * self._cluster_size
         return bytearray(fetched[start : start + self._cluster_size])
 
@@ -139,7 +148,8 @@ class Writes:
             length = max(0, min(MAX_FETCH, self._image.header.image_size - at))
             covered = pos <= at and at + length <= pos + len(data)
             if state is State.BACKING and self._backing is not None and length and not covered:
-                await self._backing.read_into(at, memoryview(piece)[:length])
+                with self._misses.wait(at, length):
+                    await self._backing.read_into(at, memoryview(piece)[:length])
             low, high = max(pos, at), min(pos + len(data), at + MAX_FETCH)
             if low < high:
                 piece[low - at : high - at] = data[low - pos : high - pos]

@@ -17,6 +17,8 @@ from qedfs.image.geometry import SECTOR
 from qedfs.image.tables import UNALLOCATED, as_array
 
 ENTRIES_PER_SECTOR = SECTOR // 8
+_SCALAR = 64
+"""Entries set one by one before numpy takes over."""
 
 
 class Table:
@@ -45,9 +47,13 @@ class Table:
 
     def set(self, first: int, count: int, offset: int, step: int) -> None:
         """Set `count` entries from index `first` to `offset`, each next one `step` bytes further, and mark them."""
-        for i in range(first, first + count):
-            self.entries[i] = offset
-            offset += step
+        if count <= _SCALAR:
+            for i in range(first, first + count):
+                self.entries[i] = offset
+                offset += step
+        else:
+            steps = np.arange(count, dtype=np.uint64) * np.uint64(step)
+            as_array(self.entries)[first : first + count] = np.uint64(offset) + steps
         self.dirty.update(range(first // ENTRIES_PER_SECTOR, (first + count - 1) // ENTRIES_PER_SECTOR + 1))
 
     def clear(self, places: npt.NDArray[np.intp]) -> None:

@@ -62,6 +62,8 @@ class Committer:
         self.failed: LeafFailed | None = None
         """Set once a flush has failed, for good: the kernel may have dropped the pages, so a second flush that succeeds
         would prove nothing."""
+        self.flushed_at = -float("inf")
+        """When the newest flush that has ended well began, by trio's clock: what was written before is on the disk."""
 
     @property
     def clean(self) -> bool:
@@ -99,8 +101,10 @@ class Committer:
             LeafFailed: this flush or an earlier one failed.
         """
         self.check()
+        began = trio.current_time()
         try:
             await self._storage.flush()
+            self.flushed_at = began
         except LeafError as error:
             self.failed = LeafFailed(
                 error.what, f"{error.why}; what was not flushed before may be lost, so no more is written"

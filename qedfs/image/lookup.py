@@ -113,6 +113,36 @@ class Lookup:
                 return run
             await self._load(pos >> (self._shift + self._table_shift))
 
+    def next_missing(self, first: int, end: int) -> tuple[int, int] | None:
+        """Return the first clusters of `[first, end)` that are not local, up to the end of what one table covers, or None.
+
+        Does not wait: everything below a table that is not in memory is called missing. Nothing is judged.
+        """
+        while first < end:
+            index = first >> self._table_shift
+            stop = min(end, (index + 1) << self._table_shift)
+            table = self.tables.get(index)
+            if table is None:
+                return first, stop
+            base = index << self._table_shift
+            missing = as_array(table.entries)[first - base : stop - base] == UNALLOCATED
+            start = int(missing.argmax())
+            if missing[start]:
+                local = ~missing[start:]
+                length = int(local.argmax())
+                return first + start, (first + start + length if local[length] else stop)
+            first = stop
+        return None
+
+    def has_table(self, index: int) -> bool:
+        """Whether L1 names a table at `index`, or one is in memory that it will name."""
+        return self._l1[index] != UNALLOCATED or self.tables.get(index) is not None
+
+    def tables_between(self, first: int, end: int) -> int:
+        """Return for how many indices of `[first, end)` `has_table` holds."""
+        named = np.count_nonzero(as_array(self._l1)[first:end])
+        return int(named) + sum(first <= t.index < end and self._l1[t.index] == UNALLOCATED for t in self.tables)
+
     async def runs(self, pos: int, length: int) -> AsyncGenerator[Run, None]:
         """Yield the runs of `[pos, pos + length)` in order, as they are when each is reached. Close it (`aclosing`)."""
         end = pos + length

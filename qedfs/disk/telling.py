@@ -1,0 +1,61 @@
+"""What a disk tells of itself: its statistics, and its newest error."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import trio
+
+from qedfs.config import Mode
+from qedfs.errors import QedfsError
+from qedfs.image.tables import Counts
+
+LOG_PAUSE = 60.0
+"""Seconds between two lines of the log about errors of one kind."""
+
+
+@dataclass(frozen=True)
+class DiskStatistics:
+    """One disk at one moment. Sizes are in bytes; counts are of clusters, and None until all tables were seen."""
+
+    virtual_size: int
+    cluster_size: int
+    clusters_total: int
+    counts: Counts | None
+    mode: Mode
+    state: str
+    """As in the interface, `state`."""
+    backing: str
+    """For showing: credentials masked; empty when the image stands alone."""
+    backing_format: str
+    backing_bytes_read: int
+    last_error: str
+    """The newest error with its time (UTC); empty if there was none."""
+
+
+class Errors:
+    """The newest error of one disk, and what of the errors is news for the log."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._newest: QedfsError | None = None
+        self._time = 0.0
+        self._logged: dict[type[QedfsError], tuple[str, float]] = {}
+
+    def note(self, error: QedfsError) -> None:
+        """Keep `error` as the newest one, and say it in the log if it is news."""
+        self._newest, self._time = error, time.time()
+        # Once, however many requests meet it: a damaged table may have a different error for each of its clusters.
+        logged, at = self._logged.get(type(error), ("", -LOG_PAUSE))
+        if str(error) != logged and trio.current_time() - at >= LOG_PAUSE:
+            self._logged[type(error)] = (str(error), trio.current_time())
+            self._log.warning("%s", error)
+
+    def newest(self, others: Iterable[tuple[float, str]]) -> str:
+        """Return the newest of ours and `others`, (seconds since the epoch, text), with its time; empty if there is none."""
+        candidates = [(self._time, str(self._newest or "")), *others]
+        at, text = max((c for c in candidates if c[1]), default=(0.0, ""))
+        return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(at))} {text}" if text else ""
