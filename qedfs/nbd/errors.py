@@ -21,6 +21,17 @@ class NbdDisconnected(NbdError):
     """The connection is gone: closed, reset or silent. Another one may work."""
 
 
+class NbdTlsFailed(NbdError):
+    """No encrypted connection comes about: certificates, keys or the peer's idea of TLS. Never a reason to go on without.
+
+    `may_pass`: time or the server's administrator may mend it without us (a certificate to be renewed).
+    """
+
+    def __init__(self, what: str, why: str, *, may_pass: bool = False) -> None:
+        super().__init__(what, why)
+        self.may_pass = may_pass
+
+
 class NbdOptionRefused(NbdError):
     """The server refused what we asked for in the negotiation; `code` is its reply type (`Reply`), `why` its text."""
 

@@ -8,8 +8,12 @@ on. The driver moves the bytes:
 
 `wants` is exact: a driver that never reads more than `wants` leaves everything behind the handshake in the socket, for
 the transmission phase, or for TLS, which has to start at once behind the answer to STARTTLS with nothing read ahead.
-STARTTLS, when asked for, is the first option, as all that was negotiated before it is void; that is why a story negotiates
-everything else anew from its own beginning.
+
+TLS: when `tls_due`, the driver sends what it was given, makes the connection an encrypted one and calls `secured`; all
+bytes go through TLS from then on. STARTTLS is the first option a client sends, and the only one a server with TLS
+answers before: nothing that was negotiated in the clear, where anybody on the way could have put it in, is left behind
+it. Plain bytes behind STARTTLS or its answer end up in the TLS handshake, which they break. A client that shall have TLS
+has it or fails; a server that has TLS serves nobody without.
 
 The rules: the server greets; the client sends one option at a time and waits for its final reply (an ACK or an error),
 which may follow any number of others; GO or EXPORT_NAME ends it. No peer can make us hold more than one option's data
@@ -50,11 +54,14 @@ from qedfs.nbd.constants import (
     Reply,
     TransmissionFlag,
 )
-from qedfs.nbd.errors import NbdDisconnected, NbdError, NbdOptionRefused, NbdProtocolError
+from qedfs.nbd.errors import NbdDisconnected, NbdError, NbdOptionRefused, NbdProtocolError, NbdTlsFailed
 
 T = TypeVar("T")
 Story = Generator[int, bytes, T]
 """Yields how many bytes it needs, is sent exactly these, returns what came of it."""
+
+_TLS = 0
+"""What a story yields where TLS has to begin."""
 
 SERVER = "NBD server"
 CLIENT = "NBD client"
@@ -95,8 +102,19 @@ class Handshake(ABC, Generic[T]):
 
     @property
     def wants(self) -> int:
-        """Bytes that are missing for the next step, at least 1, or 0 when the handshake has ended."""
+        """Bytes that are missing for the next step, at least 1, or 0 when the handshake has ended or TLS is due."""
         return 0 if self.result is not None else self._needed - len(self._incoming)
+
+    @property
+    def tls_due(self) -> bool:
+        """TLS has to begin now, before anything else is received."""
+        return self.result is None and self._needed == _TLS
+
+    def secured(self) -> bytes:
+        """Take note that the connection is encrypted now; return what is to be sent next."""
+        assert self.tls_due
+        self._needed = self._story.send(b"")
+        return self._taken()
 
     def receive(self, data: bytes) -> bytes:
         """Take what came, in pieces of any size, and return what is to be sent now.
@@ -107,18 +125,16 @@ class Handshake(ABC, Generic[T]):
             NbdDisconnected: the peer said goodbye.
         """
         self._incoming += data
-        while self.result is None and len(self._incoming) >= self._needed:
+        while self.result is None and not self.tls_due and len(self._incoming) >= self._needed:
             step = bytes(self._incoming[: self._needed])
             del self._incoming[: self._needed]
             try:
                 self._needed = self._story.send(step)
             except StopIteration as end:
                 self.result = end.value
-        if self.result is not None and self._incoming:
+        if self._incoming and (self.result is not None or self.tls_due):
             raise NbdProtocolError(self._peer, "sent data before it was its turn")
-        outgoing = bytes(self._outgoing)
-        self._outgoing.clear()
-        return outgoing
+        return self._taken()
 
     def end_of_stream(self) -> NbdError:
         """Return the error that the peer's hanging up means at this point."""
@@ -128,6 +144,11 @@ class Handshake(ABC, Generic[T]):
 
     @abstractmethod
     def _tell(self) -> Story[T]: ...
+
+    def _taken(self) -> bytes:
+        outgoing = bytes(self._outgoing)
+        self._outgoing.clear()
+        return outgoing
 
     def _send(self, *parts: bytes) -> None:
         for part in parts:
@@ -139,8 +160,9 @@ class ClientHandshake(Handshake[Agreement]):
 
     _peer = SERVER
 
-    def __init__(self, export: str) -> None:
+    def __init__(self, export: str, *, tls: bool = False) -> None:
         self._export = export.encode()
+        self._tls = tls
         self._may_hang_up = False
         super().__init__()
 
@@ -161,6 +183,8 @@ class ClientHandshake(Handshake[Agreement]):
             raise NbdProtocolError(SERVER, "greets with an unknown style of negotiation")
         flags = HandshakeFlag(flag_bits & (HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES))
         self._send(U32.pack(flags))
+        if self._tls:
+            yield from self._start_tls(flags)
 
         structured, context = False, None
         if HandshakeFlag.FIXED_NEWSTYLE in flags:
@@ -180,6 +204,19 @@ class ClientHandshake(Handshake[Agreement]):
         if HandshakeFlag.NO_ZEROES not in flags:
             yield EXPORT_NAME_PADDING
         return Agreement(_checked_size(size), TransmissionFlag(transmission_flags), structured, context)
+
+    def _start_tls(self, flags: HandshakeFlag) -> Story[None]:
+        if HandshakeFlag.FIXED_NEWSTYLE not in flags:
+            raise NbdTlsFailed(SERVER, f"speaks a version of NBD without TLS; {_NEVER_PLAIN}")
+        try:
+            replies = yield from self._ask(Option.STARTTLS, b"")
+        except NbdOptionRefused as refusal:
+            if refusal.code == Reply.ERR_SHUTDOWN:
+                raise
+            raise NbdTlsFailed(SERVER, f"does not offer TLS; {_NEVER_PLAIN} ({refusal.why})") from refusal
+        if replies:
+            raise NbdProtocolError(SERVER, "answered STARTTLS with something else")
+        yield _TLS
 
     def _set_meta_context(self) -> Story[int | None]:
         query = _string(self._export) + U32.pack(1) + _string(BASE_ALLOCATION.encode())
@@ -239,13 +276,16 @@ class ClientHandshake(Handshake[Agreement]):
 class ServerHandshake(Handshake[Agreement]):
     """Offers one export, by its name and as the default export (the empty name).
 
-    `offer` is what the export can do at most; the result says what this client made of it.
+    `offer` is what the export can do at most; the result says what this client made of it. With `tls` nobody gets to
+    know anything of the export before the connection is encrypted ("FORCEDTLS" of the specification).
     """
 
     _peer = CLIENT
 
-    def __init__(self, name: str, offer: Agreement) -> None:
+    def __init__(self, name: str, offer: Agreement, *, tls: bool = False) -> None:
         self._name = name.encode()
+        self._tls_missing = tls
+        self._secure = False
         self._offer = offer
         self._structured = False
         self._context_for: bytes | None = None
@@ -264,6 +304,16 @@ class ServerHandshake(Handshake[Agreement]):
             if length > MAX_OPTION_DATA:
                 raise NbdProtocolError(CLIENT, f"sent an option of {length} bytes, which is too much")
             data = (yield length) if length else b""
+            if option == Option.STARTTLS and self._tls_missing and not data:
+                self._reply(option, Reply.ACK)
+                yield _TLS
+                self._tls_missing, self._secure = False, True
+                continue
+            if self._tls_missing and option not in (Option.STARTTLS, Option.ABORT):
+                if option == Option.EXPORT_NAME:
+                    raise NbdDisconnected(CLIENT, "asked for the export without TLS")
+                self._reply(option, Reply.ERR_TLS_REQD, b"this server serves nobody without TLS")
+                continue
             if option == Option.EXPORT_NAME:
                 if not self._is_ours(data):
                     raise NbdDisconnected(CLIENT, "asked for an export that does not exist")
@@ -294,6 +344,8 @@ class ServerHandshake(Handshake[Agreement]):
             self._reply(option, Reply.ACK)
         elif option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
             self._answer_meta_context(option, data)
+        elif option == Option.STARTTLS and (self._secure or self._tls_missing):
+            raise ValueError("TLS has begun already" if self._secure else "this option takes no data")
         elif option in (Option.INFO, Option.GO):
             return self._answer_info(option, data)
         else:
@@ -357,6 +409,7 @@ class ServerHandshake(Handshake[Agreement]):
         self._send(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, kind, sum(map(len, data))), *data)
 
 
+_NEVER_PLAIN = "nbds: is never replaced by an open connection"
 _LIST_QUERIES = {b"base:", BASE_ALLOCATION.encode()}
 
 
@@ -375,7 +428,7 @@ def _take_string(data: bytes) -> tuple[bytes, bytes]:
 
 def _refusal(option: Option, kind: int, payload: bytes) -> str:
     if kind == Reply.ERR_TLS_REQD:
-        why = "requires TLS, which is not supported yet"
+        why = "requires TLS: write nbds:// for nbd://"
     elif kind == Reply.ERR_UNKNOWN:
         why = "has no such export"
     else:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfs.nbd.constants import OPTION_MAGIC, Info, Option, Reply, TransmissionFlag
-from qedfs.nbd.errors import NbdDisconnected, NbdError, NbdOptionRefused, NbdProtocolError
+from qedfs.nbd.errors import NbdDisconnected, NbdError, NbdOptionRefused, NbdProtocolError, NbdTlsFailed
 from qedfs.nbd.negotiation import Agreement, BlockSizes, ClientHandshake, ServerHandshake
 
 READ_ONLY = TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY
@@ -260,3 +260,93 @@ def test_server_ends_with_a_client_that_is_out_of_step(options: list[bytes], err
 def test_client_flags_that_were_not_offered_are_refused() -> None:
     with pytest.raises(NbdProtocolError):
         server_after(flags=4)
+
+
+# TLS.
+
+
+def due(handshake: ClientHandshake | ServerHandshake) -> bool:
+    return handshake.tls_due
+
+
+def test_client_starts_tls_before_anything_else() -> None:
+    handshake = ClientHandshake("disk", tls=True)
+    assert handshake.receive(greeting()) == b"\0\0\0\x03" + option(Option.STARTTLS)
+    assert not due(handshake)
+    assert handshake.receive(reply(Option.STARTTLS, Reply.ACK)) == b""
+    assert due(handshake)
+    assert handshake.wants == 0
+    assert handshake.secured() == option(Option.STRUCTURED_REPLY)
+    assert not due(handshake)
+    handshake.receive(NO_STRUCTURED)
+    handshake.receive(export_info() + GO_ACK)
+    assert handshake.result is not None
+
+
+def test_client_takes_nothing_that_was_read_ahead_of_tls() -> None:
+    handshake = ClientHandshake("disk", tls=True)
+    handshake.receive(greeting())
+    with pytest.raises(NbdProtocolError, match="before it was its turn"):
+        handshake.receive(reply(Option.STARTTLS, Reply.ACK) + NO_STRUCTURED)
+
+
+@pytest.mark.parametrize("code", [Reply.ERR_UNSUP, Reply.ERR_POLICY, Reply.ERR_INVALID, Reply.ERR_PLATFORM])
+def test_client_never_does_without_tls(code: Reply) -> None:
+    handshake = ClientHandshake("disk", tls=True)
+    handshake.receive(greeting())
+    with pytest.raises(NbdTlsFailed, match="does not offer TLS"):
+        handshake.receive(reply(Option.STARTTLS, code))
+
+
+def test_client_with_tls_does_not_fall_back_to_the_negotiation_without_options() -> None:
+    with pytest.raises(NbdTlsFailed):
+        ClientHandshake("disk", tls=True).receive(greeting(flags=2))
+
+
+def test_server_that_shuts_down_before_tls_may_come_back() -> None:
+    handshake = ClientHandshake("disk", tls=True)
+    handshake.receive(greeting())
+    with pytest.raises(NbdOptionRefused):
+        handshake.receive(reply(Option.STARTTLS, Reply.ERR_SHUTDOWN))
+
+
+def test_server_with_tls_tells_nothing_before() -> None:
+    server = ServerHandshake("disk", OFFER, tls=True)
+    server.receive(b"")
+    asked = [Option.STRUCTURED_REPLY, Option.LIST, Option.INFO, Option.GO, Option.SET_META_CONTEXT]
+    answer = server.receive(b"\0\0\0\3" + b"".join(option(one, string(b"disk") + b"\0\0") for one in asked))
+    why = b"this server serves nobody without TLS"
+    assert answer == b"".join(reply(one, Reply.ERR_TLS_REQD, why) for one in asked)
+    assert server.result is None
+    with pytest.raises(NbdDisconnected, match="without TLS"):
+        server.receive(option(Option.EXPORT_NAME, b"disk"))
+
+
+def test_server_begins_tls_once_and_with_nothing_from_before() -> None:
+    server = ServerHandshake("disk", OFFER, tls=True)
+    server.receive(b"")
+    # Structured replies that somebody asks for in the clear must not hold for the client behind TLS.
+    server.receive(b"\0\0\0\3" + option(Option.STRUCTURED_REPLY))
+    with_data = server.receive(option(Option.STARTTLS, b"x"))
+    assert struct.unpack_from(">I", with_data, 12)[0] == Reply.ERR_INVALID
+    assert not due(server)
+    assert server.receive(option(Option.STARTTLS)) == reply(Option.STARTTLS, Reply.ACK)
+    assert due(server)
+    assert server.secured() == b""
+    again = server.receive(option(Option.STARTTLS))
+    assert struct.unpack_from(">I", again, 12)[0] == Reply.ERR_INVALID
+    server.receive(option(Option.GO, string(b"disk") + b"\0\0"))
+    assert server.result is not None
+    assert not server.result.structured
+
+
+def test_server_takes_nothing_that_was_read_ahead_of_tls() -> None:
+    server = ServerHandshake("disk", OFFER, tls=True)
+    server.receive(b"")
+    with pytest.raises(NbdProtocolError, match="before it was its turn"):
+        server.receive(b"\0\0\0\3" + option(Option.STARTTLS) + option(Option.LIST))
+
+
+def test_server_without_tls_says_so() -> None:
+    _, answer = server_after(option(Option.STARTTLS))
+    assert struct.unpack_from(">I", answer, 12)[0] == Reply.ERR_UNSUP
