@@ -116,11 +116,13 @@ class _Chain:
 
     async def _open_nbd(self, link: _Link, location: NbdLocation) -> Source:
         name = str(location)
-        self._rights(link, Place.SOCKET if location.is_local else Place.REMOTE, name)
+        rights = self._rights(link, Place.SOCKET if location.is_local else Place.REMOTE, name)
         self.policy.check_name(name)
         self._check_new(name, name)
         self.seen.add(name)
-        return await open_nbd(location.address, connections=self.policy.connections)
+        # The mounter's certificate speaks for the mounter: only for images that may name what the mounter may.
+        ours = rights is Rights.OURS
+        return await open_nbd(location.address, connections=self.policy.connections, credentials=ours)
 
     def _rights(self, link: _Link, place: Place, name: str) -> Rights:
         return self.policy.rights(link.owner, remote=not isinstance(link.image, FileLocation), place=place, name=name)

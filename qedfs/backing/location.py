@@ -88,8 +88,8 @@ def masked(name: str) -> str:
     if not _PROTOCOL.match(name):
         return name
     name = without_user(name)
-    # A unix socket's path is no secret, and without it nobody knows which server is meant.
-    if re.fullmatch(r"nbds?\+unix:///[^?]*\?socket=[^&]*", name, re.IGNORECASE):
+    # Paths and names are no secrets, and without them nobody knows which server is meant.
+    if re.fullmatch(r"nbds?[^?#]*\?&?((socket|tls-hostname|tls-certificates)=[^&#?]*(&|$))+", name, re.IGNORECASE):
         return name
     return re.sub(r"[?#].*", "?***", name, flags=re.DOTALL)
 

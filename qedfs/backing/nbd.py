@@ -24,7 +24,14 @@ from qedfs.errors import BackingChanged, BackingError, BackingRefused, BackingUn
 from qedfs.nbd.address import NbdAddress
 from qedfs.nbd.connection import Connection, connect
 from qedfs.nbd.constants import MAX_MINIMUM_BLOCK, Errno, Reply
-from qedfs.nbd.errors import NbdDisconnected, NbdError, NbdOptionRefused, NbdProtocolError, NbdRequestFailed
+from qedfs.nbd.errors import (
+    NbdDisconnected,
+    NbdError,
+    NbdOptionRefused,
+    NbdProtocolError,
+    NbdRequestFailed,
+    NbdTlsFailed,
+)
 from qedfs.nbd.negotiation import BlockSizes
 
 DIAL_TIMEOUT = 10.0
@@ -47,18 +54,17 @@ _MAY_PASS = {Errno.EIO, Errno.ENOMEM, Errno.ESHUTDOWN}
 T = TypeVar("T")
 
 
-async def open_nbd(address: NbdAddress, *, connections: int = 4) -> NbdSource:
+async def open_nbd(address: NbdAddress, *, connections: int = 4, credentials: bool = True) -> NbdSource:
     """Open the export at `address`, over at most `connections` connections.
+
+    With `credentials` a TLS server may be shown the client certificate of the mounter.
 
     Raises:
         BackingUnavailable: nobody answers, or not in time.
-        BackingRefused: there is no such export, the server says nonsense, or TLS is asked for.
+        BackingRefused: there is no such export, the server says nonsense, or TLS does not come about.
     """
-    name = str(address)
-    if address.tls:
-        raise BackingRefused(name, "TLS is not supported yet")
-    first = await _dial(address, DIAL_TIMEOUT)
-    return NbdSource(address, first, connections if first.can_multi_conn else 1)
+    first = await _dial(address, DIAL_TIMEOUT, credentials)
+    return NbdSource(address, first, connections if first.can_multi_conn else 1, credentials)
 
 
 @dataclass(eq=False)
@@ -83,11 +89,12 @@ class _Line:
 class NbdSource(Source):
     """See the module; made by `open_nbd`."""
 
-    def __init__(self, address: NbdAddress, first: Connection, connections: int) -> None:
+    def __init__(self, address: NbdAddress, first: Connection, connections: int, credentials: bool = True) -> None:
         self.name = str(address)
         self.size = first.agreement.size
         self.identity = Identity(self.size)
         self._address = address
+        self._credentials = credentials
         self._lines = [_Line(first)] + [_Line() for _ in range(connections - 1)]
         self._changed: str | None = None
         self._closed = False
@@ -192,7 +199,7 @@ class NbdSource(Source):
                 # Who waited for a dial that failed shares its failure; else many readers would wait for as many dials.
                 raise BackingUnavailable(self.name, line.last_failure)
             try:
-                connection = await _dial(self._address, patience)
+                connection = await _dial(self._address, patience, self._credentials)
             except BackingUnavailable as error:
                 line.failures += 1
                 line.last_failure = error.why
@@ -246,11 +253,11 @@ def cut(pos: int, buffer: memoryview, size: int, blocks: BlockSizes) -> list[Pie
     return pieces
 
 
-async def _dial(address: NbdAddress, patience: float) -> Connection:
+async def _dial(address: NbdAddress, patience: float, credentials: bool) -> Connection:
     name = str(address)
     try:
         with trio.fail_after(patience):
-            return await connect(address)
+            return await connect(address, credentials=credentials)
     except trio.TooSlowError:
         raise BackingUnavailable(name, f"no answer within {patience:.0f} seconds") from None
     except UnicodeError:
@@ -278,8 +285,13 @@ def _translated(name: str, error: NbdError) -> BackingRefused | BackingUnavailab
     """Return what `error` means to the layers above."""
     may_pass = (
         isinstance(error, NbdDisconnected)
+        or (isinstance(error, NbdTlsFailed) and error.may_pass)
         or (isinstance(error, NbdOptionRefused) and error.code == Reply.ERR_SHUTDOWN)
         or (isinstance(error, NbdRequestFailed) and error.number in _MAY_PASS)
     )
-    why = f"the server {error.why}" if isinstance(error, NbdProtocolError | NbdOptionRefused) else error.why
+    why = (
+        f"the server {error.why}"
+        if isinstance(error, NbdProtocolError | NbdOptionRefused | NbdTlsFailed)
+        else error.why
+    )
     return BackingUnavailable(name, why) if may_pass else BackingRefused(name, why)

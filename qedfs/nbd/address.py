@@ -5,6 +5,13 @@
     nbd:HOST:PORT[:exportname=EXPORT]    the port is a must here; nothing is percent-decoded
     nbd:unix:PATH[:exportname=EXPORT]
 
+After the `?` of a URI with TLS, as in the NBD URI specification and libnbd:
+
+    tls-hostname=NAME       what the server's certificate is to say, instead of HOST (for a socket: of "localhost")
+    tls-certificates=DIR    an absolute folder with ca-cert.pem and, to show who we are, client-cert.pem and client-key.pem
+
+The certificate is always verified, so `tls-verify-peer` may only say what holds anyway.
+
 A URI loses exactly one leading slash of its path and is then percent-decoded: `nbd://h//e%2fp` is the export `/e/p`.
 """
 
@@ -21,6 +28,8 @@ from qedfs.nbd.errors import AddressInvalid
 _SCHEME = re.compile(r"nbds?(\+[a-z0-9.+-]*)?:", re.IGNORECASE)
 _HOST = re.compile(r"[\w.-]+|[0-9a-f:.]+(%[\w.-]+)?", re.IGNORECASE)
 _SPELLINGS = "nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH, nbd:HOST:PORT or nbd:unix:PATH"
+_TLS_PARAMETERS = ("tls-hostname", "tls-certificates", "tls-verify-peer")
+_NO_PARAMETERS = "parameters after '?' are not understood for TCP, but for those of TLS in nbds://"
 _MAX_SOCKET_PATH = 107
 """Bytes of a unix socket's path on Linux (`sun_path` without its NUL)."""
 
@@ -34,15 +43,28 @@ class NbdAddress:
     port: int
     socket: str | None
     export: str
+    hostname: str = ""
+    """What the server's certificate has to say, if that is not `host`."""
+    certificates: str = ""
+    """The folder of the certificates to use, or empty for those of the machine."""
+
+    @property
+    def verified_name(self) -> str:
+        """The name or address that the server's certificate is verified for."""
+        return self.hostname or self.host or "localhost"
 
     def __str__(self) -> str:
         """Return the canonical URI. It holds no credentials, as none are taken, and is printable as it is quoted."""
         scheme = "nbds" if self.tls else "nbd"
+        parameters = {"socket": self.socket, "tls-hostname": self.hostname, "tls-certificates": self.certificates}
+        query = "&".join(
+            f"{key}={quote(value, errors='surrogateescape')}" for key, value in parameters.items() if value
+        )
         if self.socket is not None:
-            return f"{scheme}+unix:///{quote(self.export)}?socket={quote(self.socket, errors='surrogateescape')}"
+            return f"{scheme}+unix:///{quote(self.export)}?{query}"
         host = f"[{self.host}]" if self.host and ":" in self.host else self.host
         port = "" if self.port == DEFAULT_PORT else f":{self.port}"
-        return f"{scheme}://{host}{port}/{quote(self.export)}"
+        return f"{scheme}://{host}{port}/{quote(self.export)}{'?' + query if query else ''}"
 
 
 def is_nbd(name: str) -> bool:
@@ -78,15 +100,12 @@ def _parse_uri(name: str) -> NbdAddress:
         raise ValueError("'#' must be written as %23")
     tls = base == "nbds"
     export = unquote(parts.path.removeprefix("/"), errors="strict")
+    parameters = _parameters(parts.query, unix=transport == "unix", tls=tls)
+    hostname, certificates = parameters.get("tls-hostname", ""), parameters.get("tls-certificates", "")
     if transport == "unix":
         if parts.netloc:
             raise ValueError("a unix socket has no host: write three slashes, nbd+unix:///EXPORT?socket=PATH")
-        parameters = parse_qsl(parts.query, keep_blank_values=True, errors="strict")
-        if [key for key, _ in parameters] != ["socket"]:
-            raise ValueError("expected ?socket=PATH and nothing else after the export")
-        return NbdAddress(tls, None, 0, parameters[0][1], export)
-    if parts.query:
-        raise ValueError("parameters after '?' are not understood for TCP")
+        return NbdAddress(tls, None, 0, parameters["socket"], export, hostname, certificates)
     if not parts.hostname:
         raise ValueError("the host is missing")
     try:
@@ -94,7 +113,27 @@ def _parse_uri(name: str) -> NbdAddress:
     except ValueError:
         # Not what it is instead, which may be half a password.
         raise ValueError("the port is no number from 1 to 65535") from None
-    return NbdAddress(tls, unquote(parts.hostname, errors="strict"), port, None, export)
+    return NbdAddress(tls, unquote(parts.hostname, errors="strict"), port, None, export, hostname, certificates)
+
+
+def _parameters(query: str, *, unix: bool, tls: bool) -> dict[str, str]:
+    """Return what is behind the `?`; ValueError: something is missing, or is there that we do not understand."""
+    pairs = parse_qsl(query, keep_blank_values=True, errors="strict")
+    found = dict(pairs)
+    if len(found) != len(pairs) or unix != ("socket" in found):
+        raise ValueError("expected ?socket=PATH once after the export" if unix else _NO_PARAMETERS)
+    known = {"socket", *_TLS_PARAMETERS} if tls else {"socket"}
+    if "tls-psk-file" in found:
+        raise ValueError("pre-shared keys (tls-psk-file) are not supported; use certificates")
+    if found.keys() - known:
+        raise ValueError("expected ?socket=PATH and nothing else after the export" if unix else _NO_PARAMETERS)
+    if found.get("tls-verify-peer", "1") not in ("1", "true"):
+        raise ValueError("the server's certificate is always verified (tls-verify-peer)")
+    if "tls-hostname" in found and not _HOST.fullmatch(found["tls-hostname"]):
+        raise ValueError("tls-hostname is no name or address")
+    if not found.get("tls-certificates", "/").startswith("/"):
+        raise ValueError("tls-certificates needs an absolute path")
+    return found
 
 
 def _parse_legacy(rest: str) -> NbdAddress:
@@ -125,7 +164,7 @@ def _port_number(port: str) -> int:
 def _check(address: NbdAddress) -> None:
     if len(address.export.encode()) > MAX_STRING:
         raise ValueError(f"the export name is longer than {MAX_STRING} bytes")
-    if "\0" in address.export + (address.host or "") + (address.socket or ""):
+    if "\0" in address.export + (address.host or "") + (address.socket or "") + address.certificates:
         raise ValueError("contains a NUL character")
     if address.socket is None:
         # Other characters could make the canonical URI look like that of another host.

@@ -15,7 +15,8 @@ A cancelled reader gives its buffer back at once: bytes are moved only between t
 takes effect before the next one. The answer is then drained into the state machine's own buffer as it comes.
 
 The socket is a plain non-blocking one: trio's own passes through the scheduler twice for every call. The driver waits
-for readability before it receives, which is the checkpoint every reader passes.
+for readability before it receives, which is the checkpoint every reader passes. Under TLS it is a `TlsSocket`, which may
+hold decrypted bytes that make no socket readable: these are received first.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ import trio
 
 from qedfs.nbd.address import NbdAddress
 from qedfs.nbd.constants import TransmissionFlag
-from qedfs.nbd.errors import NbdDisconnected, NbdError, NbdProtocolError
+from qedfs.nbd.errors import NbdDisconnected, NbdError, NbdProtocolError, NbdTlsFailed
 from qedfs.nbd.negotiation import SERVER, Agreement, ClientHandshake
+from qedfs.nbd.tls import TlsSocket, client_context
 from qedfs.nbd.transmission import ClientTransmission, Request
 
 SILENCE = 30.0
@@ -42,22 +44,25 @@ _BURST = 8
 """Receptions in a row before the driver lets other tasks run, should the server be faster than we are."""
 
 
-async def connect(address: NbdAddress) -> Connection:
-    """Dial `address` and negotiate; the caller sets the time limit.
+async def connect(address: NbdAddress, *, credentials: bool = True) -> Connection:
+    """Dial `address` and negotiate; the caller sets the time limit. `credentials` are as in `client_context`.
 
     Raises:
         OSError: nobody answers there.
-        NbdError: see `ClientHandshake`; NbdDisconnected if the server hangs up.
+        NbdError: see `ClientHandshake` and `client_context`; NbdDisconnected if the server hangs up.
     """
+    context = None
+    if address.tls:
+        context = await trio.to_thread.run_sync(lambda: client_context(address, credentials=credentials))
     stream: trio.SocketStream
     if address.socket is not None:
         stream = await trio.open_unix_socket(address.socket)
     else:
         assert address.host is not None
         stream = await trio.open_tcp_stream(address.host, address.port)
+    handshake = ClientHandshake(address.export, tls=address.tls)
     try:
-        handshake = ClientHandshake(address.export)
-        while handshake.result is None:
+        while handshake.result is None and not handshake.tls_due:
             data = await stream.receive_some(handshake.wants)
             if not data:
                 raise handshake.end_of_stream()
@@ -68,15 +73,57 @@ async def connect(address: NbdAddress) -> Connection:
         if isinstance(error, trio.BrokenResourceError):
             raise handshake.end_of_stream() from error
         raise
-    return Connection(socket.socket(fileno=stream.socket.detach()), handshake.result)
+    plain = socket.socket(fileno=stream.socket.detach())
+    if context is None:
+        assert handshake.result is not None
+        return Connection(plain, handshake.result)
+    return await _connect_by_tls(handshake, TlsSocket(plain, context, address.verified_name))
+
+
+async def _connect_by_tls(handshake: ClientHandshake, sock: TlsSocket) -> Connection:
+    """Go on where TLS is due."""
+    try:
+        await sock.handshake()
+        answer, welcome = handshake.secured(), False
+        while handshake.result is None:
+            try:
+                if answer and sock.send(answer) != len(answer):
+                    raise NbdDisconnected(SERVER, "does not take what was sent")
+            except NbdDisconnected:
+                if welcome:
+                    raise
+                # Since TLS 1.3 a server judges our certificate when we think that all is agreed: what it says is to be read.
+            data = bytearray(handshake.wants)
+            try:
+                count = await _receive_by_tls(sock, memoryview(data))
+            except NbdDisconnected:
+                count = 0
+            if not count:
+                raise handshake.end_of_stream() if welcome else sock.dismissal()
+            answer, welcome = handshake.receive(bytes(data[:count])), True
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, OSError):
+            raise NbdDisconnected(SERVER, f"the connection was lost ({error.strerror})") from error
+        raise
+    return Connection(sock, handshake.result)
+
+
+async def _receive_by_tls(sock: TlsSocket, place: memoryview) -> int:
+    while True:
+        try:
+            return sock.recv_into(place)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(sock)
 
 
 class Connection:
     """The transmission phase over a connected `sock`, which it owns."""
 
-    def __init__(self, sock: socket.socket, agreement: Agreement) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, agreement: Agreement) -> None:
         self.agreement = agreement
         self._socket = sock
+        self._pending = sock.pending if isinstance(sock, TlsSocket) else None
         sock.setblocking(False)
         self._machine = ClientTransmission(agreement)
         self._unsent: deque[tuple[Request, bytes]] = deque()
@@ -128,7 +175,7 @@ class Connection:
         if failure is None:
             try:
                 self._socket.send(self._machine.goodbye())
-            except OSError:
+            except (OSError, NbdError):
                 pass
         self._failure = failure or NbdDisconnected(SERVER, "the connection was closed")
         trio.lowlevel.notify_closing(self._socket)
@@ -156,6 +203,9 @@ class Connection:
                 sent = self._socket.send(message)
             except OSError as error:
                 self.close(NbdDisconnected(SERVER, f"the connection was lost ({error.strerror})"))
+                return
+            except NbdError as error:
+                self.close(error)
                 return
             if sent != len(message):
                 self.close(NbdDisconnected(SERVER, "does not take requests any more"))
@@ -220,6 +270,9 @@ class Connection:
         The deadline may have passed before: then nobody listened. Trio looks at sockets before it looks at deadlines, so
         what has arrived meanwhile is still found.
         """
+        if self._pending is not None and self._pending():
+            await trio.lowlevel.checkpoint()
+            return
         with trio.CancelScope(deadline=self._heard + SILENCE) as patience:
             try:
                 await trio.lowlevel.wait_readable(self._socket)
@@ -247,12 +300,15 @@ class Connection:
                 self._wake(request)
             if self._unsent:
                 self._send()
-            # A short reception has emptied the socket: asking again would only cost a system call.
-            if mine.done or count < len(place):
+            # A short reception has emptied the socket: asking again would only cost a system call. A record of TLS is
+            # always short.
+            if mine.done or (count < len(place) and self._pending is None):
                 return
 
 
 def _again(failure: NbdError) -> NbdError:
     """Return a fresh copy of `failure`: one exception object must not be raised in several tasks."""
+    if isinstance(failure, NbdTlsFailed):
+        return NbdTlsFailed(failure.what, failure.why, may_pass=failure.may_pass)
     kind = NbdProtocolError if isinstance(failure, NbdProtocolError) else NbdDisconnected
     return kind(failure.what, failure.why)

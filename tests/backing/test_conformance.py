@@ -17,6 +17,7 @@ from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.policy import Policy
 from qedfs.errors import BackingUnavailable
 from tests.backing.samples import KIB, MIB, Serve, content_by_qemu, make_chain, make_qed, random_bytes
+from tests.nbd.certificates import Authority
 
 
 @dataclass
@@ -70,13 +71,23 @@ def _nbd(folder: Path, serve: Serve) -> Sample:
     return Sample(_named(serve("file", path)), path.read_bytes())
 
 
+def _nbds(folder: Path, serve: Serve) -> Sample:
+    path = folder / "encrypted.raw"
+    path.write_bytes(bytes(100 * KIB) + random_bytes(300 * KIB) + bytes(200 * KIB))
+    authority = Authority()
+    authority.client(folder / "pki")
+    pki = authority.server(folder / "pki")
+    uri = serve("--tls=require", f"--tls-certificates={pki}", "--tls-verify-peer", "file", path)
+    return Sample(_named(f"{uri.replace('nbd+', 'nbds+')}&tls-certificates={pki}"), path.read_bytes())
+
+
 def _qed_over_nbd(folder: Path, serve: Serve) -> Sample:
     commands = ["write -P 1 3k 200k", "write -z 512k 128k", "write -P 2 1400k 100k"]
     path = make_qed(folder / "remote.qed", "-o", "cluster_size=4k", "1500k", commands=commands)
     return Sample(_named(serve("file", path)), content_by_qemu(path))
 
 
-SAMPLES = [_file, _one_byte, _file_with_holes, _qed, _qed_chain, _nbd, _qed_over_nbd]
+SAMPLES = [_file, _one_byte, _file_with_holes, _qed, _qed_chain, _nbd, _nbds, _qed_over_nbd]
 
 
 @pytest.fixture(params=SAMPLES, ids=[make.__name__.strip("_") for make in SAMPLES])

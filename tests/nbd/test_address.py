@@ -12,6 +12,10 @@ def tcp(host: str, port: int = 10809, export: str = "", tls: bool = False) -> Nb
     return NbdAddress(tls, host, port, None, export)
 
 
+def tls(host: str, hostname: str = "", certificates: str = "") -> NbdAddress:
+    return NbdAddress(True, host, 10809, None, "x", hostname, certificates)
+
+
 def unix(path: str, export: str = "", tls: bool = False) -> NbdAddress:
     return NbdAddress(tls, None, 0, path, export)
 
@@ -30,6 +34,12 @@ def unix(path: str, export: str = "", tls: bool = False) -> NbdAddress:
         ("nbd+unix:///?socket=/run/s", unix("/run/s")),
         ("nbd+unix:///exp?socket=/run/a%20b", unix("/run/a b", "exp")),
         ("nbds+unix:///exp?socket=s", unix("s", "exp", tls=True)),
+        ("nbds://host/x?tls-hostname=store.example", tls("host", "store.example")),
+        ("nbds://host/x?tls-verify-peer=1&tls-certificates=/etc/a%26b", tls("host", certificates="/etc/a&b")),
+        (
+            "nbds+unix:///x?tls-hostname=h&socket=/s&tls-certificates=/t",
+            NbdAddress(True, None, 0, "/s", "x", "h", "/t"),
+        ),
         ("nbd:host:10809", tcp("host")),
         ("nbd:host:nbd", tcp("host")),
         ("nbd:[::1]:5:exportname=a:b", tcp("::1", 5, "a:b")),
@@ -63,6 +73,16 @@ def test_spelling_is_understood(name: str, address: NbdAddress) -> None:
         ("nbd://host/" + "x" * 4097, "4096"),
         ("nbd+unix:///x", "?socket=PATH"),
         ("nbd+unix:///x?socket=/s&tls-certificates=/t", "nothing else"),
+        ("nbd+unix:///x?socket=/s&socket=/t", "?socket=PATH once"),
+        ("nbds+unix:///x?tls-hostname=h", "?socket=PATH"),
+        ("nbd://host/x?tls-hostname=h", "not understood"),
+        ("nbds://host/x?socket=/s", "not understood"),
+        ("nbds://host/x?tls-verify-peer=0", "always verified"),
+        ("nbds://host/x?tls-verify-peer=false", "always verified"),
+        ("nbds://host/x?tls-psk-file=/k&tls-username=me", "use certificates"),
+        ("nbds://host/x?tls-certificates=pki", "absolute"),
+        ("nbds://host/x?tls-certificates=/%00", "NUL"),
+        ("nbds://host/x?tls-hostname=a%2fb", "no name or address"),
         ("nbd+unix://x?socket=/s", "three slashes"),
         ("nbd+unix:///x?socket=" + "y" * 108, "107"),
         ("nbd+vsock://1/x", "transport 'vsock'"),
@@ -90,7 +110,11 @@ def test_other_names_are_not_nbd(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", [tcp("h"), tcp("::1", 7, "a b/\u00fc?"), unix("/r s", "/x%"), tcp("h", tls=True), unix("/s", tls=True)]
+    "address",
+    [
+        *(tls("h", "other"), tls("h", "", "/a &?b"), NbdAddress(True, None, 0, "/s", "x", "h", "/t")),
+        *(tcp("h"), tcp("::1", 7, "a b/\u00fc?"), unix("/r s", "/x%"), tcp("h", tls=True), unix("/s", tls=True)),
+    ],
 )
 def test_shown_address_parses_to_itself(address: NbdAddress) -> None:
     assert str(address).isprintable()
