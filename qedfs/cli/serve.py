@@ -21,10 +21,26 @@ from qedfs.session.serving import Service, serve_image
 @click.option(
     "-F", "--format", "format_", metavar="FORMAT", help="raw or qed. Default: raw, unless its magic is QED's."
 )
-@click.option("--insecure", is_flag=True, help="Listen beyond loopback, where anybody can read the image.")
+@click.option(
+    "--tls-certificates",
+    "certificates",
+    metavar="DIR",
+    help="Serve by TLS only, with server-cert.pem and server-key.pem of DIR.",
+)
+@click.option(
+    "--tls-verify-peer", "verify_peer", is_flag=True, help="Only clients with a certificate of DIR/ca-cert.pem."
+)
+@click.option("--insecure", is_flag=True, help="Listen beyond loopback without TLS, where anybody can read the image.")
 @click.argument("image", metavar="IMAGE|RAW")
 def command(
-    socket_path: str | None, listen: str | None, name: str, format_: str | None, insecure: bool, image: str
+    socket_path: str | None,
+    listen: str | None,
+    name: str,
+    format_: str | None,
+    certificates: str | None,
+    verify_peer: bool,
+    insecure: bool,
+    image: str,
 ) -> None:
     """Serve the disk in IMAGE (raw, or QED with its backings), or the mounted disk RAW, until SIGINT or SIGTERM.
 
@@ -32,10 +48,12 @@ def command(
     """
     if socket_path and listen:
         raise UsageError("serve", "give a socket or an address to listen on, not both")
+    if verify_peer and certificates is None:
+        raise UsageError("--tls-verify-peer", "needs --tls-certificates")
     host, port = _address(listen) if listen else ("", 0)
     if not listen and not socket_path:
         socket_path = os.path.basename(image) + ".sock"
-    service = Service(image, format_, name, socket_path, host, port, insecure)
+    service = Service(image, format_, name, socket_path, host, port, insecure, certificates, verify_peer)
     trio.run(serve_image, service, lambda uri: click.echo(printable(uri)))
 
 

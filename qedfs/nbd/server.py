@@ -7,6 +7,8 @@ knows only simple replies, one after the other behind one header.
 
 A client that breaks the protocol or goes away is dropped; nobody else notices. A read that fails is answered with an
 error and its text, unless a simple reply has begun: there only the end of the connection can say so.
+
+With TLS nobody is served without; its handshake counts towards the same time limit.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import ssl
 import stat
 from collections.abc import Sequence
 from typing import Protocol
@@ -41,6 +44,8 @@ _CONTEXT = 1
 _LARGEST_REQUEST = 64 * 1024
 """Bytes received at once."""
 
+Channel = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+
 log = logging.getLogger(__name__)
 
 
@@ -63,11 +68,15 @@ async def serve(
     listeners: list[trio.SocketListener],
     *,
     name: str,
+    tls: ssl.SSLContext | None = None,
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `export` as `name`, and as the default export, until cancelled; then close and remove the sockets."""
+    """Serve `export` as `name`, and as the default export, until cancelled; then close and remove the sockets.
+
+    With `tls` (`server_context`) only by encrypted connections.
+    """
     sockets = [found for listener in listeners if (found := _socket_file(listener)) is not None]
-    server = _Server(export, name)
+    server = _Server(export, name, tls)
     try:
         await trio.serve_listeners(server.serve_client, listeners, task_status=task_status)
     finally:
@@ -76,9 +85,10 @@ async def serve(
 
 
 class _Server:
-    def __init__(self, export: Export, name: str) -> None:
+    def __init__(self, export: Export, name: str, tls: ssl.SSLContext | None) -> None:
         self._export = export
         self._name = name
+        self._tls = tls
         self._clients = 0
         flags = (
             TransmissionFlag.HAS_FLAGS
@@ -97,8 +107,9 @@ class _Server:
             self._clients += 1
             try:
                 with trio.fail_after(HANDSHAKE_TIMEOUT):
-                    agreement = await self._negotiate(stream)
-                await _Client(self._export, stream, agreement).run()
+                    channel, agreement = await self._negotiate(stream)
+                # A channel by TLS needs no end of its own: `stream` is closed, as by a client that says goodbye.
+                await _Client(self._export, channel, agreement).run()
             except* (NbdError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError) as gone:
                 log.debug("an NBD client is gone: %r", gone.exceptions[0])
             except* Exception:
@@ -106,15 +117,23 @@ class _Server:
             finally:
                 self._clients -= 1
 
-    async def _negotiate(self, stream: trio.SocketStream) -> Agreement:
-        handshake = ServerHandshake(self._name, self._offer)
+    async def _negotiate(self, stream: trio.SocketStream) -> tuple[Channel, Agreement]:
+        handshake = ServerHandshake(self._name, self._offer, tls=self._tls is not None)
+        channel: Channel = stream
         data = b""
         while True:
             if answer := handshake.receive(data):
-                await stream.send_all(answer)
+                await channel.send_all(answer)
             if handshake.result is not None:
-                return handshake.result
-            data = bytes(await stream.receive_some(handshake.wants))
+                return channel, handshake.result
+            if handshake.tls_due:
+                assert self._tls is not None
+                # Ordering: nothing has been read past STARTTLS; what somebody put there in the clear breaks this handshake.
+                channel = trio.SSLStream(stream, self._tls, server_side=True, https_compatible=True)
+                await channel.do_handshake()
+                if answer := handshake.secured():
+                    await channel.send_all(answer)
+            data = bytes(await channel.receive_some(handshake.wants))
             if not data:
                 raise handshake.end_of_stream()
 
@@ -122,7 +141,7 @@ class _Server:
 class _Client:
     """One client in the transmission phase."""
 
-    def __init__(self, export: Export, stream: trio.SocketStream, agreement: Agreement) -> None:
+    def __init__(self, export: Export, stream: Channel, agreement: Agreement) -> None:
         self._export = export
         self._stream = stream
         self._requests = ServerTransmission(agreement)

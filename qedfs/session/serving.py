@@ -6,6 +6,7 @@ import ipaddress
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,20 @@ from qedfs.backing.file import FileSource
 from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.policy import Policy
 from qedfs.errors import UsageError
+from qedfs.nbd.errors import NbdTlsFailed
 from qedfs.nbd.listeners import open_tcp_listeners, open_unix_listener
 from qedfs.nbd.server import serve
+from qedfs.nbd.tls import server_context
 from qedfs.report.mounted import is_mounted
 
 
 @dataclass(frozen=True)
 class Service:
-    """What is served where: on the unix socket `socket_path` (of mode 0600), or on `host` and `port`."""
+    """What is served where: on the unix socket `socket_path` (of mode 0600), or on `host` and `port`.
+
+    `certificates` is the folder of the certificates for TLS, or None for open connections; with `verify_peer` clients must
+    have one, too.
+    """
 
     image: str
     format: str | None
@@ -34,16 +41,20 @@ class Service:
     host: str
     port: int
     insecure: bool
+    certificates: str | None = None
+    verify_peer: bool = False
 
 
 async def serve_image(service: Service, ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; call `ready` with the URI of the export once clients can connect.
 
     Raises:
-        UsageError: the place cannot be listened on, or would be open to others without `insecure`.
+        UsageError: the place cannot be listened on, or would be open to others without TLS or `insecure`; a certificate
+            cannot be used.
         BackingError: the image cannot be opened.
     """
-    if service.socket_path is None and not service.insecure:
+    tls = await trio.to_thread.run_sync(_tls, service)
+    if service.socket_path is None and not service.insecure and tls is None:
         await _refuse_beyond_loopback(service.host)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         source = await _open(service)
@@ -51,7 +62,7 @@ async def serve_image(service: Service, ready: Callable[[str], None]) -> None:
             async with trio.open_nursery() as nursery:
                 listeners = await _listen(service)
                 await nursery.start(
-                    lambda task_status: serve(source, listeners, name=service.name, task_status=task_status)
+                    lambda task_status: serve(source, listeners, name=service.name, tls=tls, task_status=task_status)
                 )
                 ready(_uri(service, listeners[0]))
                 async for _ in signals:
@@ -60,6 +71,15 @@ async def serve_image(service: Service, ready: Callable[[str], None]) -> None:
         finally:
             with trio.CancelScope(shield=True):
                 await source.aclose()
+
+
+def _tls(service: Service) -> ssl.SSLContext | None:
+    if service.certificates is None:
+        return None
+    try:
+        return server_context(service.certificates, verify_peer=service.verify_peer)
+    except NbdTlsFailed as error:
+        raise UsageError("--tls-certificates", error.why) from error
 
 
 async def _open(service: Service) -> Source:
@@ -92,13 +112,14 @@ async def _refuse_beyond_loopback(host: str) -> None:
         if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
             raise UsageError(
                 host or str(address[0]),
-                "anybody who can reach this address could read the image (--insecure allows it)",
+                "anybody who can reach this address could read the image (--tls-certificates encrypts, --insecure allows it)",
             )
 
 
 def _uri(service: Service, listener: trio.SocketListener) -> str:
     name = quote(service.name, safe="")
+    scheme = "nbd" if service.certificates is None else "nbds"
     if service.socket_path is not None:
-        return f"nbd+unix:///{name}?socket={quote(os.path.abspath(service.socket_path))}"
+        return f"{scheme}+unix:///{name}?socket={quote(os.path.abspath(service.socket_path))}"
     host, port = listener.socket.getsockname()[:2]
-    return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{name}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{name}"
