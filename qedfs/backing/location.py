@@ -52,6 +52,11 @@ class NbdLocation:
 Location = FileLocation | NbdLocation
 
 
+def host_of(location: Location) -> str | None:
+    """Return the name or address of the machine that has the bytes; None if they come over no network."""
+    return location.address.host if isinstance(location, NbdLocation) else None
+
+
 def parse_location(name: str, image: Location | None) -> Location:
     """Return where the backing called `name` is. `image` is the image that names it, None for a name as typed.
 

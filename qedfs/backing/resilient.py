@@ -68,15 +68,17 @@ class Backing:
         name: str,
         format: str = "",
         expected: Identity | None = None,
+        host: str | None = None,
         stall: float = STALL,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         """`opener` makes a new, connected source. Nothing is opened before the first request.
 
         `name` is shown to people (masked). `format` may be empty until the source has told it. `expected` is what the
-        content must be; without it, what the first connection finds. `jitter` returns numbers in [0, 1).
+        content must be; without it, what the first connection finds. `host` is the machine it is on, where there is one. `jitter` returns numbers in [0, 1).
         """
         self.name = name
+        self.host = host
         self._format = format
         self._opener = opener
         self._expected = expected

@@ -49,6 +49,8 @@ class Disk:
         stored = image.record.mode
         self.mode = options.mode or (parse_choice(Mode, stored, f"{image.name}: stored mode") if stored else Mode.COR)
         self.held = image.record.hold
+        self.host = backing.host if backing else None
+        """The machine that has the backing, if it is reached over a network."""
         self._image = image
         self._backing = backing
         self._options = options
@@ -310,6 +312,11 @@ class Disk:
         """When the newest flush of the leaf that has ended well began, by trio's clock."""
         return self._image.committer.flushed_at
 
+    @property
+    def asked(self) -> int:
+        """Bytes asked of the backing since the mount."""
+        return self._backing.statistics().bytes_read if self._backing is not None else 0
+
     def copied(self) -> int:
         """Bytes of the disk that have been copied from the backing since the mount, for the guest or otherwise."""
         return self._copies.copied << self._shift
@@ -395,8 +402,10 @@ class Disk:
             await self._image.set_record(replace(self._image.record, mode=mode.value))
 
     async def counts(self) -> Counts:
-        """Return the counts of data and zero clusters, once all tables have been seen."""
-        return await self._image.counts()
+        """Return the counts of data and zero clusters, promised ones included, once all tables have been seen."""
+        counts = await self._image.counts()
+        promised = self._populate.promised() if self._populate is not None else 0
+        return Counts(counts.data, counts.zero + promised)
 
     def allocated_bytes_nowait(self) -> int:
         """Return how many bytes of data clusters the leaf holds, 0 while its tables have not all been seen."""
@@ -426,6 +435,7 @@ class Disk:
             state=self._state(backing.state if backing else BackingState.IDLE),
             backing=self._backing.name if self._backing else "",
             backing_format=self._backing.format if self._backing else "",
+            backing_state=backing.state.value if backing else "",
             backing_bytes_read=backing.bytes_read if backing else 0,
             last_error=self._last_error(backing),
         )

@@ -81,6 +81,10 @@ class Populate:
             await self._image.run(cluster * self._cluster_size, 1)  # its table is in memory now
         return list(self.missing(first, end))
 
+    async def scout(self, cluster: int) -> None:
+        """Learn beforehand what `look` will ask about soon after `cluster`. Raises as `look`."""
+        await self._promises.scout(cluster)
+
     def missing(self, first: int, end: int) -> Iterator[Missing]:
         """Yield what of `[first, end)` is missing, as `next_missing` finds it."""
         while found := self.next_missing(first, end):

@@ -80,6 +80,18 @@ class Promises:
                         await self._learn_from(first)
             first = self._known.end_of(first)
 
+    async def scout(self, cluster: int) -> None:
+        """Ask about what lies behind the known part that holds `cluster`, if that ends soon and nobody asks already.
+
+        Raises as `learn`.
+        """
+        end = self._known.end_of(cluster) if self.current else cluster
+        soon = (end - cluster) * self._cluster_size < FIRST_ASK
+        if soon and end < self._total() and not self._asking.locked():
+            async with self._asking:
+                if self._known.end_of(end) == end:
+                    await self._learn_from(end)
+
     async def settle(self, first: int, end: int) -> None:
         """Link promised zeros in every span of a table that `[first, end)` touches, but for whole spans without a table.
 

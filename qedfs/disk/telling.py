@@ -31,6 +31,8 @@ class DiskStatistics:
     backing: str
     """For showing: credentials masked; empty when the image stands alone."""
     backing_format: str
+    backing_state: str
+    """`idle` (nothing was asked yet), `healthy`, `unavailable`, `refused` (for good); empty when the image stands alone."""
     backing_bytes_read: int
     last_error: str
     """The newest error with its time (UTC); empty if there was none."""

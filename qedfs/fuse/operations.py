@@ -187,7 +187,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self._tree.write_attribute(inode, name, value)
+        await self._tree.write_attribute(inode, name, value, ctx.uid)
 
     @answered
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:

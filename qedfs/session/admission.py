@@ -14,7 +14,7 @@ import trio
 from qedfs.backing.base import Identity
 from qedfs.backing.file import real_path
 from qedfs.backing.locate import Reference, open_backing
-from qedfs.backing.location import masked
+from qedfs.backing.location import FileLocation, host_of, masked, parse_location
 from qedfs.backing.policy import Policy
 from qedfs.backing.resilient import Backing
 from qedfs.config import MountOptions
@@ -135,7 +135,15 @@ def _backing_of(image: Image, storage: FileStorage, terms: Terms) -> Backing:
         name=masked(image.backing_name),
         format=stored or "",
         expected=expected,
+        host=_host(reference),
     )
+
+
+def _host(reference: Reference) -> str | None:
+    try:
+        return host_of(parse_location(reference.name, FileLocation(reference.image)))
+    except BackingRefused:
+        return None  # opening it will say what is wrong
 
 
 async def _meet(image: Image, backing: Backing, *, trust: bool) -> list[QedfsError]:

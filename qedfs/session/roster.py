@@ -17,6 +17,8 @@ from qedfs.disk.disk import Disk
 from qedfs.errors import QedfsError, UsageError
 from qedfs.session.admission import Terms, admitted
 from qedfs.session.sources import FileId, raw_name
+from qedfs.session.streams import Streams
+from qedfs.stream.job import Job
 from qedfs.tree.leaf import Leaf
 from qedfs.tree.tree import Tree
 
@@ -41,11 +43,12 @@ class Roster:
     share one and none is opened twice.
     """
 
-    def __init__(self, terms: Terms, nursery: trio.Nursery) -> None:
+    def __init__(self, terms: Terms, streams: Streams, nursery: trio.Nursery) -> None:
         self.tree = Tree(root_attributes={"pid": lambda: b"%d" % os.getpid(), "status": self.status})
         self.failed = False
         """Whether a leaf could not be closed in good order, or was lost."""
         self._terms = terms
+        self._streams = streams
         self._nursery = nursery
         self._served: dict[str, _Served] = {}
         self._refused: dict[str, str] = {}
@@ -118,12 +121,13 @@ class Roster:
             async with admitted(served.path, self._terms) as (disk, status):
                 if served.id != FileId(status.st_dev, status.st_ino):
                     raise UsageError(served.path, "was replaced while it was being opened")
-                leaf = self._show(served, disk, status)
-                task_status.started()
-                await served.leaving.wait()
-                self.tree.remove(served.name)
-                with trio.CancelScope(shield=True):
-                    await self.tree.wait_closed(leaf)
+                async with self._streams.streaming(disk, status) as job:
+                    leaf = self._show(served, disk, job, status)
+                    task_status.started()
+                    await served.leaving.wait()
+                    self.tree.remove(served.name)
+                    with trio.CancelScope(shield=True):
+                        await self.tree.wait_closed(leaf)
             log.info("%s: closed", served.path)
         except Exception as error:
             if not leaf:
@@ -137,7 +141,7 @@ class Roster:
         finally:
             self._served.pop(served.name, None)
 
-    def _show(self, served: _Served, disk: Disk, status: os.stat_result) -> Leaf:
+    def _show(self, served: _Served, disk: Disk, job: Job, status: os.stat_result) -> Leaf:
         leaf = Leaf(
             name=served.name,
             disk=disk,
@@ -146,7 +150,8 @@ class Roster:
             uid=status.st_uid,
             gid=status.st_gid,
             mtime_ns=status.st_mtime_ns,
-            stream=self._terms.options.stream,
+            stream=job,
+            options=self._terms.options.stream,
         )
         self.tree.add(leaf)
         log.info("%s: served as %s%s", served.path, served.name, " (read-only)" if disk.read_only else "")

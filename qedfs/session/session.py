@@ -25,6 +25,7 @@ from qedfs.fuse.unmount import unmount
 from qedfs.session.admission import Terms
 from qedfs.session.places import check_places
 from qedfs.session.roster import Roster
+from qedfs.session.streams import open_streams
 from qedfs.session.watch import Folder, open_folder
 from qedfs.tree.tree import Tree
 
@@ -143,8 +144,8 @@ def _opened(mount: Mount) -> Iterator[_Opened]:
 
 async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending) -> int:
     with _opened(mount) as opened:
-        async with trio.open_nursery() as leaves:
-            roster = Roster(Terms(mount.options, mount.mountpoint, os.getuid()), leaves)
+        async with open_streams(mount.options) as streams, trio.open_nursery() as leaves:
+            roster = Roster(Terms(mount.options, mount.mountpoint, os.getuid()), streams, leaves)
             try:
                 with ending.starting:
                     await _admit_all(opened, roster)

@@ -1,7 +1,8 @@
 """The extended attributes of a file: name -> how it is read, how it is written (interface, "Extended attributes").
 
 Values are ASCII text, but for paths and names of backings, which are the bytes the system uses.
-An attribute that nothing can honour yet checks the value first, so that a wrong one is EINVAL now as it will be then.
+The limits of streaming may be set by whoever may write the file, but beyond those of the mount's options only by root and
+the user who mounted.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from typing import NamedTuple
 
 from qedfs.config import Mode, parse_choice, parse_duration, parse_size
 from qedfs.errors import UsageError
-from qedfs.tree.errors import AttributeAccess, NoSuchAttribute, NotSupported
+from qedfs.tree.errors import AttributeAccess, NoSuchAttribute, NotPermitted, NotSupported
 from qedfs.tree.leaf import Leaf
 
 PREFIX = b"user.qedfs."
+_SECTOR = 512
 
 Reader = Callable[[Leaf], Awaitable[str]]
-Writer = Callable[[Leaf, str], Awaitable[None]]
+
+
+class Caller(NamedTuple):
+    """Who sets an attribute: `privileged` is root, or the user who mounted."""
+
+    privileged: bool
+
+
+Writer = Callable[[Leaf, str, Caller], Awaitable[None]]
 
 
 class Attribute(NamedTuple):
@@ -42,8 +52,8 @@ async def read_attribute(leaf: Leaf, name: bytes) -> bytes:
     return os.fsencode(await attribute.read(leaf))
 
 
-async def write_attribute(leaf: Leaf, name: bytes, value: bytes) -> None:
-    """Set the attribute `name` (with its prefix).
+async def write_attribute(leaf: Leaf, name: bytes, value: bytes, uid: int) -> None:
+    """Set the attribute `name` (with its prefix) for the user `uid`.
 
     Raises:
         NotSupported: the name is in a namespace that is not ours to keep (`security.`, `trusted.`, `system.`), or
@@ -51,13 +61,14 @@ async def write_attribute(leaf: Leaf, name: bytes, value: bytes) -> None:
         NoSuchAttribute: there is none of this name.
         AttributeAccess: it can only be read.
         UsageError: the value is not one that it can have.
+        NotPermitted: the value is for root and the mounter only.
     """
     attribute = _find(name, writing=True)
     if attribute.write is None:
         raise AttributeAccess(os.fsdecode(name), "can only be read")
     # A shell's `echo 1 | …` and C programs that count the terminating NUL mean the same value.
     text = value.rstrip(b"\0\n").decode("ascii", "backslashreplace")
-    await attribute.write(leaf, text)
+    await attribute.write(leaf, text, Caller(uid in (0, os.getuid())))
 
 
 def readable_names() -> list[bytes]:
@@ -127,77 +138,96 @@ async def _mode(leaf: Leaf) -> str:
     return leaf.disk.statistics().mode.value
 
 
-async def _set_mode(leaf: Leaf, text: str) -> None:
+async def _set_mode(leaf: Leaf, text: str, caller: Caller) -> None:
     await leaf.disk.set_mode(parse_choice(Mode, text, "mode"))
 
 
 async def _state(leaf: Leaf) -> str:
-    return leaf.disk.statistics().state
+    return leaf.stream.state(leaf.disk.statistics().state)
 
 
 async def _hold(leaf: Leaf) -> str:
     return "1" if leaf.disk.held else "0"
 
 
-async def _release_hold(leaf: Leaf, text: str) -> None:
+async def _release_hold(leaf: Leaf, text: str, caller: Caller) -> None:
     if text != "0":
         raise UsageError("hold", "can only be set to 0")
     if leaf.disk.held:
         raise NotSupported("hold", "a held image cannot be released yet")
 
 
-async def _nothing(leaf: Leaf) -> str:
-    return ""
+async def _paused(leaf: Leaf) -> str:
+    return "1" if leaf.stream.paused else "0"
 
 
-async def _zero(leaf: Leaf) -> str:
-    return "0"
-
-
-async def _set_paused(leaf: Leaf, text: str) -> None:
+async def _set_paused(leaf: Leaf, text: str, caller: Caller) -> None:
     if text not in ("0", "1"):
         raise UsageError("paused", f"'{text}' is neither 0 nor 1")
-    raise _no_streaming("paused")
+    leaf.stream.paused = text == "1"
 
 
 async def _stream_rate(leaf: Leaf) -> str:
-    return str(leaf.stream.rate)
+    return str(leaf.stream.rate_limit)
 
 
-async def _set_stream_rate(leaf: Leaf, text: str) -> None:
-    parse_size(text, "stream_rate")
-    raise _no_streaming("stream_rate")
+async def _set_stream_rate(leaf: Leaf, text: str, caller: Caller) -> None:
+    rate, most = parse_size(text, "stream_rate"), leaf.options.rate
+    if most and not 0 < rate <= most:
+        _refuse_unless_privileged(caller, "stream_rate", f"more than {most} bytes/s")
+    leaf.stream.set_limits(rate=rate)
 
 
 async def _stream_floor(leaf: Leaf) -> str:
     return str(leaf.stream.floor)
 
 
-async def _set_stream_floor(leaf: Leaf, text: str) -> None:
-    parse_size(text, "stream_floor")
-    raise _no_streaming("stream_floor")
+async def _set_stream_floor(leaf: Leaf, text: str, caller: Caller) -> None:
+    floor = parse_size(text, "stream_floor")
+    if floor > leaf.options.floor:
+        _refuse_unless_privileged(caller, "stream_floor", f"more than {leaf.options.floor} bytes/s")
+    leaf.stream.set_limits(floor=floor)
 
 
 async def _finish_by(leaf: Leaf) -> str:
     return "" if leaf.stream.finish_by is None else f"{leaf.stream.finish_by:g}"
 
 
-async def _set_finish_by(leaf: Leaf, text: str) -> None:
-    parse_duration(text, "finish_by")
-    raise _no_streaming("finish_by")
+async def _set_finish_by(leaf: Leaf, text: str, caller: Caller) -> None:
+    seconds = (parse_duration(text, "finish_by") or None) if text.strip() else None
+    if seconds is not None and (leaf.options.finish_by is None or seconds < leaf.options.finish_by):
+        _refuse_unless_privileged(caller, "finish_by", "a promise that raises the floor of the mount's options")
+    leaf.stream.set_finish_by(seconds)
 
 
-async def _set_stream_step(leaf: Leaf, text: str) -> None:
-    _parse_numbers(text, 1, "stream_step", "a sector number")
-    raise _no_streaming("stream_step")
+def _refuse_unless_privileged(caller: Caller, name: str, what: str) -> None:
+    if not caller.privileged:
+        raise NotPermitted(name, f"{what} can be set by root and by the user who mounted only")
 
 
-def _no_streaming(name: str) -> NotSupported:
-    return NotSupported(name, "streaming is not supported yet")
+async def _rate(leaf: Leaf) -> str:
+    return str(int(leaf.stream.rate))
+
+
+async def _eta(leaf: Leaf) -> str:
+    return "" if leaf.stream.eta is None else str(math.ceil(leaf.stream.eta))
+
+
+async def _stream_step(leaf: Leaf) -> str:
+    return str(leaf.step.sectors)
+
+
+async def _set_stream_step(leaf: Leaf, text: str, caller: Caller) -> None:
+    (sector,) = _parse_numbers(text, 1, "stream_step", "a sector number")
+    leaf.step.sectors = await leaf.disk.stream(sector * _SECTOR) // _SECTOR
 
 
 async def _backing(leaf: Leaf) -> str:
     return leaf.disk.statistics().backing
+
+
+async def _backing_state(leaf: Leaf) -> str:
+    return "damaged" if leaf.stream.damaged else leaf.disk.statistics().backing_state
 
 
 async def _backing_format(leaf: Leaf) -> str:
@@ -212,7 +242,7 @@ async def _density(leaf: Leaf) -> str:
     return ",".join(f"{round(percent, 2):g}" for percent in await leaf.disk.density())
 
 
-async def _prefetch(leaf: Leaf, text: str) -> None:
+async def _prefetch(leaf: Leaf, text: str, caller: Caller) -> None:
     pos, length = _parse_numbers(text, 2, "prefetch", "'offset length' in bytes")
     leaf.disk.prefetch(pos, length)
 
@@ -245,18 +275,19 @@ ATTRIBUTES: Mapping[bytes, Attribute] = {
     b"mode": Attribute(_mode, _set_mode),
     b"state": Attribute(_state),
     b"hold": Attribute(_hold, _release_hold),
-    b"paused": Attribute(_zero, _set_paused),
+    b"paused": Attribute(_paused, _set_paused),
     b"stream_rate": Attribute(_stream_rate, _set_stream_rate),
     b"stream_floor": Attribute(_stream_floor, _set_stream_floor),
     b"finish_by": Attribute(_finish_by, _set_finish_by),
-    b"rate": Attribute(_zero),
-    b"eta": Attribute(_nothing),
+    b"rate": Attribute(_rate),
+    b"eta": Attribute(_eta),
     b"backing": Attribute(_backing),
     b"backing_format": Attribute(_backing_format),
     b"backing_bytes_read": Attribute(_backing_bytes_read),
     b"density": Attribute(_density),
     b"prefetch": Attribute(None, _prefetch),
-    b"stream_step": Attribute(None, _set_stream_step),
+    b"stream_step": Attribute(_stream_step, _set_stream_step),
     b"last_error": Attribute(_last_error),
+    b"backing_state": Attribute(_backing_state),
     b"leaf": Attribute(_leaf),
 }

@@ -37,6 +37,9 @@ class Statistics(Protocol):
     def backing_format(self) -> str: ...
 
     @property
+    def backing_state(self) -> str: ...
+
+    @property
     def backing_bytes_read(self) -> int: ...
 
     @property
@@ -84,6 +87,12 @@ class ServedDisk(Protocol):
 
     async def set_mode(self, mode: Mode) -> None: ...
 
+    async def stream(self, pos: int) -> int:
+        """Make the cluster at `pos` local; return how many bytes from there on are."""
+
+    def remaining(self) -> int | None:
+        """Bytes that are not local; None while that is not known."""
+
     async def counts(self) -> Counts: ...
 
     def allocated_bytes_nowait(self) -> int: ...
@@ -91,6 +100,44 @@ class ServedDisk(Protocol):
     async def density(self) -> list[float]: ...
 
     def statistics(self) -> Statistics: ...
+
+
+class Stream(Protocol):
+    """The background copying of one disk; `stream.Job` is one. Rates are in bytes per second."""
+
+    paused: bool
+    damaged: bool
+
+    @property
+    def rate_limit(self) -> int:
+        """0: none."""
+
+    @property
+    def floor(self) -> int: ...
+
+    @property
+    def finish_by(self) -> float | None:
+        """As it was set, in seconds."""
+
+    def set_limits(self, *, rate: int | None = None, floor: int | None = None) -> None: ...
+
+    def set_finish_by(self, seconds: float | None) -> None: ...
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds; None: unknown."""
+
+    def state(self, of_disk: str) -> str: ...
+
+
+@dataclass
+class Step:
+    """What the last step of streaming that was asked for has answered, in sectors."""
+
+    sectors: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,4 +154,7 @@ class Leaf:
     uid: int
     gid: int
     mtime_ns: int
-    stream: StreamOptions = field(default_factory=StreamOptions)
+    stream: Stream
+    options: StreamOptions = field(default_factory=StreamOptions)
+    """Those of the mount: what others than root and the mounter may not exceed."""
+    step: Step = field(default_factory=Step)

@@ -234,13 +234,13 @@ class Tree:
         with self._using(inode) as leaf:
             return await read_attribute(leaf, name)
 
-    async def write_attribute(self, inode: int, name: bytes, value: bytes) -> None:
-        """Set an extended attribute; see `attributes.write_attribute`."""
+    async def write_attribute(self, inode: int, name: bytes, value: bytes, uid: int) -> None:
+        """Set an extended attribute for the user `uid`; see `attributes.write_attribute`."""
         if inode == ROOT:
             self._root_reader(name)
             raise AttributeAccess(os.fsdecode(name), "can only be read")
         with self._using(inode) as leaf:
-            await write_attribute(leaf, name, value)
+            await write_attribute(leaf, name, value, uid)
 
     def remove_attribute(self, inode: int, name: bytes) -> None:
         """Always raises: none can be removed."""

@@ -17,7 +17,8 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import trio
 
@@ -26,11 +27,18 @@ from qedfs.errors import LeafFull, QedfsError, ReadOnly, UsageError
 from qedfs.fuse.busy import find_holders
 from qedfs.fuse.serve import serve
 from qedfs.fuse.unmount import unmount
-from qedfs.tree.leaf import Leaf
+from qedfs.tree.leaf import Leaf, Stream
 from qedfs.tree.tree import Tree
 
 LIMIT = 64 << 20
 """Bytes a disk may grow to; a write past this finds the leaf full."""
+
+NO_STREAM = cast(
+    Stream,
+    SimpleNamespace(
+        paused=False, damaged=False, rate_limit=0, floor=0, finish_by=None, rate=0.0, eta=None, state=lambda text: text
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Facts:
     state: str = "passive"
     backing: str = "nbd://host/base"
     backing_format: str = "raw"
+    backing_state: str = "healthy"
     backing_bytes_read: int = 4096
     last_error: str = ""
 
@@ -117,6 +126,12 @@ class MemoryDisk:
     async def set_mode(self, mode: Mode) -> None:
         self.mode = mode
 
+    async def stream(self, pos: int) -> int:
+        return max(0, self.size - pos)
+
+    def remaining(self) -> int | None:
+        return 0
+
     async def counts(self) -> Counted:
         return Counted(1, 1)
 
@@ -144,7 +159,8 @@ class Server:
     def add(self, name: str, size: int = 1 << 20, mode: int = 0o600, read_only: bool = False) -> None:
         self.disks[name] = MemoryDisk(name, size, self.journal, read_only=read_only)
         path = os.path.abspath(__file__)
-        self.tree.add(Leaf(name, self.disks[name], path, mode, os.getuid(), os.getgid(), time.time_ns()))
+        owner = os.getuid(), os.getgid()
+        self.tree.add(Leaf(name, self.disks[name], path, mode, *owner, time.time_ns(), NO_STREAM))
 
     async def run(self) -> None:
         options = parse_mount_options([self.setup.get("options", "")])

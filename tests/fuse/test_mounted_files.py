@@ -271,7 +271,6 @@ def test_attributes_are_read_set_and_refused(mount: Mount) -> None:
     assert refused(os.setxattr, file, "user.qedfs.other", b"1") == errno.ENODATA
     assert refused(os.setxattr, file, "user.qedfs.mode", b"fast") == errno.EINVAL
     assert refused(os.setxattr, file, "user.qedfs.progress", b"1") == errno.EACCES
-    assert refused(os.setxattr, file, "user.qedfs.paused", b"1") == errno.EOPNOTSUPP
     assert refused(os.removexattr, file, "user.qedfs.mode") == errno.EACCES
     assert os.getxattr(mounted.path, "user.qedfs.pid") == str(mounted.process.pid).encode()
     assert os.listxattr(mounted.path) == ["user.qedfs.pid"]

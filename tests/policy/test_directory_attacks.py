@@ -20,6 +20,7 @@ from qedfs.session import roster as rosters
 from qedfs.session.admission import Terms
 from qedfs.session.roster import Roster
 from qedfs.session.sources import Choice, Entry, FileId, Stamp, choose, scan
+from qedfs.session.streams import open_streams
 from tests.policy.people import MALLORY, NOBODY, ROOT, folder, image, link
 
 
@@ -158,8 +159,8 @@ async def test_owner_and_mode_shown_are_those_of_what_was_opened(shared: Path, m
     served: list[int] = []
     with swapping(name, roots, mallorys):
         for _ in range(60):
-            async with trio.open_nursery() as nursery:
-                roster = Roster(Terms(MountOptions(), "/nowhere", ROOT), nursery)
+            async with open_streams(MountOptions()) as streams, trio.open_nursery() as nursery:
+                roster = Roster(Terms(MountOptions(), "/nowhere", ROOT), streams, nursery)
                 with contextlib.suppress(UsageError):
                     await roster.admit(str(name))
                 for leaf in roster.tree.leaves:
@@ -177,8 +178,8 @@ async def test_a_leaf_replaced_between_look_and_opening_is_not_served(
     roots = await image(shared / "roots.qed", None, ROOT, 0o600)
     seen = mallorys.stat()
     monkeypatch.setattr(rosters, "_status", lambda path: seen)
-    async with trio.open_nursery() as nursery:
-        roster = Roster(Terms(MountOptions(), "/nowhere", ROOT), nursery)
+    async with open_streams(MountOptions()) as streams, trio.open_nursery() as nursery:
+        roster = Roster(Terms(MountOptions(), "/nowhere", ROOT), streams, nursery)
         with pytest.raises(UsageError, match="was replaced while it was being opened"):
             await roster.admit(str(roots))
         assert roster.tree.leaves == []
@@ -186,7 +187,7 @@ async def test_a_leaf_replaced_between_look_and_opening_is_not_served(
 
 async def test_a_leaf_in_the_mount_itself_is_refused_before_it_is_read(shared: Path) -> None:
     inside = await image(shared / "vm.qed", None)
-    async with trio.open_nursery() as nursery:
-        roster = Roster(Terms(MountOptions(), str(shared), ROOT), nursery)
+    async with open_streams(MountOptions()) as streams, trio.open_nursery() as nursery:
+        roster = Roster(Terms(MountOptions(), str(shared), ROOT), streams, nursery)
         with pytest.raises(UsageError, match="lies in the mount itself"):
             await roster.admit(str(inside))

@@ -13,12 +13,15 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs.config import MountOptions
+from qedfs.config import Mode, MountOptions
+from qedfs.disk.misses import Misses
 from qedfs.errors import InvalidImage, LeafError, UsageError
 from qedfs.session import roster as roster_module
 from qedfs.session.admission import Terms
 from qedfs.session.roster import STATUS_LIMIT, Roster
+from qedfs.session.streams import open_streams
 from qedfs.tree.tree import ROOT
+from tests.tree.tree_fakes import FakeStatistics
 
 TERMS = Terms(MountOptions(), "/nowhere", 0)
 
@@ -27,9 +30,19 @@ class FakeDisk:
     """Stands for an open disk; `end` makes its tasks fail."""
 
     read_only = False
+    host = None
+    mode = Mode.COR
+    populate = None
 
     def __init__(self) -> None:
         self.broken = trio.Event()
+        self.misses = Misses(trio.current_time)
+
+    def statistics(self) -> FakeStatistics:
+        return FakeStatistics(0)
+
+    def copied(self) -> int:
+        return 0
 
 
 class Leaves:
@@ -80,8 +93,8 @@ def names(roster: Roster) -> list[str]:
 
 
 async def test_admitted_leaf_is_shown_and_closed_when_released(leaves: Leaves, paths: tuple[str, str]) -> None:
-    async with trio.open_nursery() as nursery:
-        roster = Roster(TERMS, nursery)
+    async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
+        roster = Roster(TERMS, streams, nursery)
         await roster.admit(paths[0])
         await roster.admit(paths[1])
         assert names(roster) == ["a.raw", "b.raw"]
@@ -94,8 +107,8 @@ async def test_refusal_reaches_the_caller_plain_and_leaves_the_name_free(
     leaves: Leaves, paths: tuple[str, str]
 ) -> None:
     leaves.refusals[paths[0]] = InvalidImage(paths[0], "no")
-    async with trio.open_nursery() as nursery:
-        roster = Roster(TERMS, nursery)
+    async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
+        roster = Roster(TERMS, streams, nursery)
         with pytest.raises(InvalidImage):
             await roster.admit(paths[0])
         assert roster.served == {}
@@ -108,8 +121,8 @@ async def test_two_admissions_at_once_never_share_a_name(leaves: Leaves, tmp_pat
     (tmp_path / "vm").touch()
     (tmp_path / "vm.qed").touch()
     refused: list[UsageError] = []
-    async with trio.open_nursery() as nursery:
-        roster = Roster(TERMS, nursery)
+    async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
+        roster = Roster(TERMS, streams, nursery)
 
         async def admit(path: str) -> None:
             try:
@@ -128,8 +141,8 @@ async def test_leaf_that_is_lost_does_not_take_the_others_along(
     leaves: Leaves, paths: tuple[str, str], expected_warnings: Callable[[str], None]
 ) -> None:
     expected_warnings("a.qed: lost by an internal error")
-    async with trio.open_nursery() as nursery:
-        roster = Roster(TERMS, nursery)
+    async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
+        roster = Roster(TERMS, streams, nursery)
         await roster.admit(paths[0])
         await roster.admit(paths[1])
         leaves.disks[paths[0]].broken.set()
@@ -145,16 +158,16 @@ async def test_leaf_that_cannot_be_closed_is_a_failure_of_the_mount(
 ) -> None:
     expected_warnings("a.qed: cannot be flushed")
     leaves.close_errors[paths[0]] = LeafError(paths[0], "cannot be flushed")
-    async with trio.open_nursery() as nursery:
-        roster = Roster(TERMS, nursery)
+    async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
+        roster = Roster(TERMS, streams, nursery)
         await roster.admit(paths[0])
         roster.release_all()
     assert roster.failed
 
 
 async def test_removed_leaf_is_closed_after_its_last_handle(leaves: Leaves, paths: tuple[str, str]) -> None:
-    async with trio.open_nursery() as nursery:
-        roster = Roster(TERMS, nursery)
+    async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
+        roster = Roster(TERMS, streams, nursery)
         await roster.admit(paths[0])
         handle = roster.tree.open(ROOT + 1, os.O_RDONLY)
         roster.forget(paths[0])
@@ -168,8 +181,8 @@ async def test_status_fits_into_an_attribute_and_says_what_it_leaves_off(
     leaves: Leaves, expected_warnings: Callable[[str], None]
 ) -> None:
     expected_warnings("no$")
-    async with trio.open_nursery() as nursery:
-        roster = Roster(TERMS, nursery)
+    async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
+        roster = Roster(TERMS, streams, nursery)
         for n in range(2000):
             roster.refuse(f"/images/{n:04}.qed", f"/images/{n:04}.qed: no")
         text = roster.status()
@@ -183,8 +196,8 @@ async def test_refusal_is_logged_only_when_it_is_news(
     leaves: Leaves, caplog: pytest.LogCaptureFixture, expected_warnings: Callable[[str], None]
 ) -> None:
     expected_warnings("a: no")
-    async with trio.open_nursery() as nursery:
-        roster = Roster(TERMS, nursery)
+    async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
+        roster = Roster(TERMS, streams, nursery)
         for reason in ("a: no", "a: no", "a: never"):
             roster.refuse("/a", reason)
     expected_warnings("a: never")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 from hypothesis import given
@@ -9,14 +10,14 @@ from hypothesis import strategies as st
 from qedfs.config import Mode, StreamOptions
 from qedfs.errors import Held, QedfsError
 from qedfs.tree.attributes import progress, read_attribute, readable_names, refuse_removal, write_attribute
-from tests.tree.tree_fakes import FakeCounts, FakeDisk, FakeStatistics, leaf_of
+from tests.tree.tree_fakes import FakeCounts, FakeDisk, FakeStatistics, FakeStream, leaf_of
 
 CONTRACT = """
     virtual_size cluster_size clusters_total clusters_data clusters_zero clusters_backing allocated_bytes progress mode
     state hold paused stream_rate stream_floor finish_by rate eta backing backing_format backing_bytes_read density
-    last_error
+    stream_step last_error
 """.split()
-WRITE_ONLY = ("prefetch", "stream_step")
+WRITE_ONLY = ("prefetch",)
 
 
 async def value(disk: FakeDisk, name: str) -> str:
@@ -26,13 +27,13 @@ async def value(disk: FakeDisk, name: str) -> str:
 async def refusal(disk: FakeDisk, name: str, text: bytes) -> int:
     """The errno with which setting an attribute is refused; nothing may have changed."""
     with pytest.raises(QedfsError) as caught:
-        await write_attribute(leaf_of("vm.raw", disk), name.encode(), text)
+        await write_attribute(leaf_of("vm.raw", disk), name.encode(), text, 0)
     assert disk.calls == []
     return caught.value.errno
 
 
 def test_every_name_of_the_contract_is_listed() -> None:
-    assert readable_names() == [f"user.qedfs.{name}".encode() for name in [*CONTRACT, "leaf"]]
+    assert readable_names() == [f"user.qedfs.{name}".encode() for name in [*CONTRACT, "backing_state", "leaf"]]
 
 
 async def test_every_listed_name_can_be_read() -> None:
@@ -82,7 +83,7 @@ async def test_density_has_256_percentages() -> None:
 
 async def test_facts_of_the_disk_are_shown() -> None:
     disk = FakeDisk(held=True)
-    disk.facts = FakeStatistics(1, Mode.STREAM, "held", "nbd://h/b", "raw", 77, "EIO at noon")
+    disk.facts = FakeStatistics(1, Mode.STREAM, "held", "nbd://h/b", "raw", "healthy", 77, "EIO at noon")
     shown = [await value(disk, name) for name in ("mode", "state", "hold", "backing", "backing_format")]
     assert shown == ["stream", "held", "1", "nbd://h/b", "raw"]
     assert await value(disk, "backing_bytes_read") == "77"
@@ -99,19 +100,19 @@ async def test_limits_of_the_stream_are_those_of_the_mount() -> None:
 @pytest.mark.parametrize("text", [b"stream", b"stream\n", b"stream\0"])
 async def test_the_mode_can_be_set(text: bytes) -> None:
     disk = FakeDisk()
-    await write_attribute(leaf_of("vm.raw", disk), b"user.qedfs.mode", text)
+    await write_attribute(leaf_of("vm.raw", disk), b"user.qedfs.mode", text, 0)
     assert disk.calls == [("set_mode", Mode.STREAM)]
 
 
 async def test_prefetch_queues_a_range() -> None:
     disk = FakeDisk()
-    await write_attribute(leaf_of("vm.raw", disk), b"user.qedfs.prefetch", b"4096 8192")
+    await write_attribute(leaf_of("vm.raw", disk), b"user.qedfs.prefetch", b"4096 8192", 0)
     assert disk.calls == [("prefetch", 4096, 8192)]
 
 
 async def test_prefetch_of_a_held_image_is_refused() -> None:
     with pytest.raises(Held):
-        await write_attribute(leaf_of("vm.raw", FakeDisk(held=True)), b"user.qedfs.prefetch", b"0 1")
+        await write_attribute(leaf_of("vm.raw", FakeDisk(held=True)), b"user.qedfs.prefetch", b"0 1", 0)
 
 
 @pytest.mark.parametrize("name", WRITE_ONLY)
@@ -138,7 +139,7 @@ async def test_foreign_namespaces_have_no_data_and_take_none(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(CONTRACT) - {*"mode hold paused stream_rate stream_floor finish_by".split()})
+    "name", sorted(set(CONTRACT) - {*"mode hold paused stream_rate stream_floor finish_by stream_step".split()})
 )
 async def test_a_read_only_attribute_cannot_be_set(name: str) -> None:
     assert await refusal(FakeDisk(), f"user.qedfs.{name}", b"1") == errno.EACCES
@@ -161,16 +162,63 @@ async def test_a_bad_value_is_refused(name: str, text: bytes) -> None:
     assert await refusal(FakeDisk(), f"user.qedfs.{name}", text) == errno.EINVAL
 
 
+async def test_streaming_is_steered_by_attributes() -> None:
+    leaf = leaf_of("vm.raw", FakeDisk())
+    settings = {"paused": b"1", "stream_rate": b"2M", "stream_floor": b"0", "finish_by": b"2h"}
+    for name, text in settings.items():
+        await write_attribute(leaf, b"user.qedfs." + name.encode(), text, 0)
+    shown = [await read_attribute(leaf, b"user.qedfs." + name.encode()) for name in settings]
+    assert shown == [b"1", b"2097152", b"0", b"7200"]
+    await write_attribute(leaf, b"user.qedfs.finish_by", b"0", 0)
+    assert await read_attribute(leaf, b"user.qedfs.finish_by") == b"", "nothing is promised any more"
+
+
+async def test_a_step_answers_in_sectors_when_it_is_read() -> None:
+    disk = FakeDisk(size=1 << 20)
+    leaf = leaf_of("vm.raw", disk)
+    assert await read_attribute(leaf, b"user.qedfs.stream_step") == b"0"
+    await write_attribute(leaf, b"user.qedfs.stream_step", b"8", 0)
+    assert disk.calls == [("stream", 4096)]
+    assert await read_attribute(leaf, b"user.qedfs.stream_step") == b"2040"
+    assert await refusal(FakeDisk(held=True), "user.qedfs.stream_step", b"0") == errno.EBUSY
+
+
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [("paused", b"1"), ("stream_rate", b"1M"), ("stream_floor", b"0"), ("finish_by", b"2h"), ("stream_step", b"0")],
+    ("name", "allowed", "more"),
+    [
+        ("stream_rate", b"1M", [b"3M", b"0"]),
+        ("stream_floor", b"100k", [b"2M"]),
+        ("finish_by", b"3h", [b"1h"]),
+    ],
 )
-async def test_what_needs_streaming_says_that_it_is_not_there_yet(name: str, text: bytes) -> None:
-    assert await refusal(FakeDisk(), f"user.qedfs.{name}", text) == errno.EOPNOTSUPP
+async def test_others_than_root_and_the_mounter_stay_within_the_options(
+    name: str, allowed: bytes, more: list[bytes]
+) -> None:
+    leaf = leaf_of("vm.raw", FakeDisk(), stream=StreamOptions(rate=2 << 20, floor=1 << 20, finish_by=7200.0))
+    full_name = b"user.qedfs." + name.encode()
+    await write_attribute(leaf, full_name, allowed, os.getuid() + 1)
+    set_to = await read_attribute(leaf, full_name)
+    for text in more:
+        with pytest.raises(QedfsError) as caught:
+            await write_attribute(leaf, full_name, text, os.getuid() + 1)
+        assert caught.value.errno == errno.EPERM
+        assert await read_attribute(leaf, full_name) == set_to
+        await write_attribute(leaf, full_name, text, os.getuid())
+        await write_attribute(leaf, full_name, allowed, os.getuid())
+
+
+async def test_the_stream_refines_the_state_of_the_disk() -> None:
+    leaf = leaf_of("vm.raw", FakeDisk())
+    assert await read_attribute(leaf, b"user.qedfs.state") == b"passive"
+    assert isinstance(leaf.stream, FakeStream)
+    leaf.stream.stated, leaf.stream.rate, leaf.stream.eta = "idle-wait", 1234.5, 10.2
+    assert await read_attribute(leaf, b"user.qedfs.state") == b"idle-wait"
+    assert await read_attribute(leaf, b"user.qedfs.rate") == b"1234"
+    assert await read_attribute(leaf, b"user.qedfs.eta") == b"11"
 
 
 async def test_the_hold_of_an_image_that_is_not_held_may_be_dropped() -> None:
-    await write_attribute(leaf_of("vm.raw", FakeDisk()), b"user.qedfs.hold", b"0")
+    await write_attribute(leaf_of("vm.raw", FakeDisk()), b"user.qedfs.hold", b"0", 0)
     assert await refusal(FakeDisk(held=True), "user.qedfs.hold", b"0") == errno.EOPNOTSUPP
 
 

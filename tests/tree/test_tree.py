@@ -220,9 +220,9 @@ async def test_the_directory_has_the_attributes_it_was_given_read_anew_each_time
     with pytest.raises(NoSuchAttribute):
         await tree.read_attribute(ROOT, b"user.qedfs.mode")
     with pytest.raises(NoSuchAttribute):
-        await tree.write_attribute(ROOT, b"user.qedfs.mode", b"cow")
+        await tree.write_attribute(ROOT, b"user.qedfs.mode", b"cow", 0)
     with pytest.raises(AttributeAccess):
-        await tree.write_attribute(ROOT, b"user.qedfs.status", b"x")
+        await tree.write_attribute(ROOT, b"user.qedfs.status", b"x", 0)
     with pytest.raises(AttributeAccess):
         tree.remove_attribute(ROOT, b"user.qedfs.status")
 

@@ -25,6 +25,7 @@ class FakeStatistics:
     state: str = "passive"
     backing: str = ""
     backing_format: str = ""
+    backing_state: str = ""
     backing_bytes_read: int = 0
     last_error: str = ""
 
@@ -76,6 +77,15 @@ class FakeDisk:
     async def set_mode(self, mode: Mode) -> None:
         self.calls.append(("set_mode", mode))
 
+    async def stream(self, pos: int) -> int:
+        if self.held:
+            raise Held("vm", "is held")
+        self.calls.append(("stream", pos))
+        return max(0, self.size - pos)
+
+    def remaining(self) -> int | None:
+        return self.size
+
     async def counts(self) -> FakeCounts:
         await self.counting.wait()
         if self.failure:
@@ -92,6 +102,28 @@ class FakeDisk:
         return self.facts
 
 
+class FakeStream:
+    """A stream that does nothing but remember."""
+
+    def __init__(self, options: StreamOptions) -> None:
+        self.paused = False
+        self.damaged = False
+        self.rate_limit, self.floor, self.finish_by = options.rate, options.floor, options.finish_by
+        self.rate = 0.0
+        self.eta: float | None = None
+        self.stated = ""
+
+    def set_limits(self, *, rate: int | None = None, floor: int | None = None) -> None:
+        self.rate_limit = self.rate_limit if rate is None else rate
+        self.floor = self.floor if floor is None else floor
+
+    def set_finish_by(self, seconds: float | None) -> None:
+        self.finish_by = seconds
+
+    def state(self, of_disk: str) -> str:
+        return self.stated or of_disk
+
+
 def leaf_of(
     name: str,
     disk: FakeDisk,
@@ -102,4 +134,5 @@ def leaf_of(
     mtime_ns: int = 0,
     stream: StreamOptions | None = None,
 ) -> Leaf:
-    return Leaf(name, disk, "/images/vm.qed", mode, uid, gid, mtime_ns, stream or StreamOptions())
+    options = stream or StreamOptions()
+    return Leaf(name, disk, "/images/vm.qed", mode, uid, gid, mtime_ns, FakeStream(options), options)
