@@ -106,6 +106,17 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     "$python" -m venv --clear "$venv" || die "cannot make the virtual environment $venv"
 }
 
+# need_node_tools NAME@VERSION...: install programs of npm's into a folder of the virtual environment, unless they are there.
+need_node_tools() {
+    [ "$(cat "$venv/node/.installed" 2>/dev/null)" != "$*" ] || return 0
+    command -v npm >/dev/null || need_packages nodejs npm
+    section "Installing: $*"
+    mkdir -p "$venv/node"
+    npm install --prefix "$venv/node" --no-audit --no-fund --no-save --ignore-scripts --loglevel=error "$@" ||
+        die "npm install failed: $*"
+    echo "$*" >"$venv/node/.installed"
+}
+
 # need_qedfs [EXTRA]: install qedfs and what it needs, editable, so that only a change of its requirements asks for
 # another installation. The stamp is written last: an interrupted installation is done again.
 need_qedfs() {

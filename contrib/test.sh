@@ -33,6 +33,8 @@ need_packages fuse3 attr fio libnbd-bin openssl qemu-system-common shellcheck st
 need_fuse_device
 need_venv
 need_qedfs test
+# Object stores to test with: of S3 another one than Python's moto, and Azure's.
+need_node_tools s3rver@3.7.1 azurite@3.37.0
 # Tests and tools find this qedfs and this Python; mke2fs is where only root looks.
 PATH=$venv/bin:$PATH:/usr/sbin:/sbin
 export PATH

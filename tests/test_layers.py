@@ -47,6 +47,7 @@ ONLY: dict[tuple[str, str], frozenset[str]] = {
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "pyfuse3": ("qedfs.fuse",),
     "psutil": ("qedfs.stream.sampler",),
+    "obstore": ("qedfs.backing.objects",),
     "click": ("qedfs.cli",),
     "rich": ("qedfs.cli", "qedfs.report"),
 }

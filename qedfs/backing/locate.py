@@ -12,6 +12,8 @@ from qedfs.backing.base import Source, close
 from qedfs.backing.file import FileSource, Found, open_file
 from qedfs.backing.location import FileLocation, Location, NbdLocation, masked, parse_location
 from qedfs.backing.nbd import open_nbd
+from qedfs.backing.object_name import ObjectLocation
+from qedfs.backing.objects import open_object
 from qedfs.backing.policy import Owner, Place, Policy, Rights
 from qedfs.backing.qed import PageCache, QedSource, read_header
 from qedfs.errors import BackingRefused, NotAllowed
@@ -94,6 +96,8 @@ class _Chain:
         if isinstance(location, FileLocation):
             source = await self._open_file(link, location)
             return source, replace(location, path=source.path)
+        if isinstance(location, ObjectLocation):
+            return await self._open_object(link, location), location
         return await self._open_nbd(link, location), location
 
     async def _open_file(self, link: _Link, location: FileLocation) -> FileSource:
@@ -123,6 +127,14 @@ class _Chain:
         # The mounter's certificate speaks for the mounter: only for images that may name what the mounter may.
         ours = rights is Rights.OURS
         return await open_nbd(location.address, connections=self.policy.connections, credentials=ours)
+
+    async def _open_object(self, link: _Link, location: ObjectLocation) -> Source:
+        name = str(location)
+        rights = self._rights(link, Place.REMOTE, name)
+        self.policy.check_name(name)
+        self._check_new(name, name)
+        self.seen.add(name)
+        return await open_object(location, signed=rights is Rights.OURS)
 
     def _rights(self, link: _Link, place: Place, name: str) -> Rights:
         return self.policy.rights(link.owner, remote=not isinstance(link.image, FileLocation), place=place, name=name)

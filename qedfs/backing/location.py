@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
+from qedfs.backing.object_name import ObjectLocation, is_object, parse_object
 from qedfs.errors import BackingRefused, UsageError
 from qedfs.nbd.address import NbdAddress, is_nbd, parse_address, without_user
 
 _PROTOCOL = re.compile(r"[^/]*?:")
-_NOT_YET = ("http", "https", "s3", "gs", "az")
+_NOT_YET = ("http", "https")
 _MAX_JSON = 4096
 
 
@@ -49,7 +50,7 @@ class NbdLocation:
         return self.address.socket is not None
 
 
-Location = FileLocation | NbdLocation
+Location = FileLocation | NbdLocation | ObjectLocation
 
 
 def host_of(location: Location) -> str | None:
@@ -72,6 +73,8 @@ def parse_location(name: str, image: Location | None) -> Location:
         return _parse_json(name)
     if is_nbd(name):
         return _nbd(name, None)
+    if is_object(name):
+        return parse_object(name, shown)
     path = name
     if protocol := _PROTOCOL.match(name):
         scheme = protocol[0][:-1]
@@ -83,6 +86,8 @@ def parse_location(name: str, image: Location | None) -> Location:
             raise BackingRefused(shown, f"{scheme.lower()} is not supported yet")
         else:
             raise BackingRefused(shown, f"the protocol '{scheme}' is unknown; write a file of that name as ./{shown}")
+    elif isinstance(image, ObjectLocation) and not os.path.isabs(path):
+        return image.beside(path, shown)
     return _file(path, shown, image)
 
 
@@ -102,7 +107,7 @@ def masked(name: str) -> str:
 def _file(path: str, shown: str, image: Location | None) -> FileLocation:
     if not path:
         raise BackingRefused(shown, "the path is empty")
-    if isinstance(image, NbdLocation) and not os.path.isabs(path):
+    if image is not None and not isinstance(image, FileLocation) and not os.path.isabs(path):
         raise BackingRefused(shown, f"a relative name has no meaning in an image read from {image}")
     folder = os.path.dirname(image.path) if isinstance(image, FileLocation) else ""
     return FileLocation(os.path.join(folder, path))

@@ -16,6 +16,7 @@ from qedfs.backing.file import open_file
 from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.policy import Policy
 from qedfs.errors import BackingUnavailable
+from tests.backing.object_servers import Put
 from tests.backing.samples import KIB, MIB, Serve, content_by_qemu, make_chain, make_qed, random_bytes
 from tests.nbd.certificates import Authority
 
@@ -87,12 +88,37 @@ def _qed_over_nbd(folder: Path, serve: Serve) -> Sample:
     return Sample(_named(serve("file", path)), content_by_qemu(path))
 
 
+def _s3(folder: Path, put: Put) -> Sample:
+    content = random_bytes(300_001)
+    return Sample(_named(put("s3", "images/a b+c%20d.raw", content)), content)
+
+
+def _gs(folder: Path, put: Put) -> Sample:
+    content = random_bytes(300_001)
+    return Sample(_named(put("gs", "images/base.raw", content)), content)
+
+
+def _az(folder: Path, put: Put) -> Sample:
+    content = random_bytes(300_001)
+    return Sample(_named(put("az", "images/base.raw", content)), content)
+
+
+def _qed_chain_in_s3(folder: Path, put: Put) -> Sample:
+    # Both lower names are relative: they mean the objects beside, which need no credentials on this server.
+    top = make_chain(folder)
+    for name in ("base.raw", "middle.qed", top.name):
+        address = put("s3rver", f"chain/{name}", (folder / name).read_bytes())
+    anybody = Policy(allow_backing=("s3://bucket/chain/*",))
+    return Sample(lambda: open_backing(Reference(address, None, "/leaf.qed"), anybody), content_by_qemu(top))
+
+
 SAMPLES = [_file, _one_byte, _file_with_holes, _qed, _qed_chain, _nbd, _nbds, _qed_over_nbd]
+OBJECTS = [_s3, _gs, _az, _qed_chain_in_s3]
 
 
-@pytest.fixture(params=SAMPLES, ids=[make.__name__.strip("_") for make in SAMPLES])
-def sample(request: pytest.FixtureRequest, tmp_path: Path, serve: Serve) -> Sample:
-    made: Sample = request.param(tmp_path, serve)
+@pytest.fixture(params=[*SAMPLES, *OBJECTS], ids=[make.__name__.strip("_") for make in [*SAMPLES, *OBJECTS]])
+def sample(request: pytest.FixtureRequest, tmp_path: Path) -> Sample:
+    made: Sample = request.param(tmp_path, request.getfixturevalue("put" if request.param in OBJECTS else "serve"))
     return made
 
 

@@ -44,7 +44,8 @@ def descriptors() -> set[str]:
 def _no_descriptor_is_left_open() -> Iterator[None]:
     before = descriptors()
     yield
-    assert len(descriptors()) == len(before)
+    # Not more than before; fewer there may be, as connections of an object store of an earlier test end late.
+    assert len(descriptors()) <= len(before)
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_all_spellings_of_an_export_are_one_name(name: str, canonical: str) -> N
         ("file:", "file:: the path is empty"),
         ("a\0b", r"a\x00b: the name contains a NUL character"),
         ("https://host/x?token=secret", "https://host/x?***: https is not supported yet"),
-        ("S3://bucket/key", "S3://bucket/key: s3 is not supported yet"),
+        ("S3://bucket/", "S3://bucket/: names no object"),
         ("ssh://me:secret@host/x", "ssh://***@host/x: the protocol 'ssh' is unknown; write a file of that name as ./"),
         ("a:b.raw", "a:b.raw: the protocol 'a' is unknown; write a file of that name as ./a:b.raw"),
         ("file:///base.raw", "file:///base.raw: write a path"),
