@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from qedfs.disk import growth
+from qedfs.disk import completion, growth
+from qedfs.disk.populate import Populate
 from qedfs.image import check, rebase
 from qedfs.image.cache import Table
 from qedfs.image.commit import Committer
@@ -241,12 +242,16 @@ def header_before_record(patch: pytest.MonkeyPatch) -> None:
 
 
 def completed_before_commit(patch: pytest.MonkeyPatch) -> None:
-    async def drop(history: Any) -> None:
-        image = history.rig.image
+    """The backing is dropped first, and what was copied is committed afterwards."""
+
+    async def complete(image: Image, claims: Any, populate: Populate) -> bool:
+        if not await populate.is_all_local():
+            return False
         await image.drop_backing()
         await image.commit(durable=True)
+        return True
 
-    patch.setattr(workloads, "drop_backing", drop)
+    patch.setattr(completion, "complete", complete)
 
 
 def magic_before_tables(patch: pytest.MonkeyPatch) -> None:
