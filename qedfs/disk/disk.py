@@ -62,6 +62,8 @@ class Disk:
         self._populate = Populate(image, backing, self._fetches, self._copies) if backing and self._fetches else None
         self.misses = Misses(trio.current_time)
         self._writes = Writes(image, self._claims, self.misses, backing, self._fetches)
+        self._retired: Backing | None = None
+        """The backing of the time before the image stood alone, for what was read from it."""
         self._news = trio.Event()
         self._readahead = Readahead(options.readahead // self.cluster_size)
         self._errors = Errors(log)
@@ -315,7 +317,8 @@ class Disk:
     @property
     def asked(self) -> int:
         """Bytes asked of the backing since the mount."""
-        return self._backing.statistics().bytes_read if self._backing is not None else 0
+        backing = self._backing or self._retired
+        return backing.statistics().bytes_read if backing is not None else 0
 
     def copied(self) -> int:
         """Bytes of the disk that have been copied from the backing since the mount, for the guest or otherwise."""
@@ -385,6 +388,7 @@ class Disk:
         if not await completion.complete(self._image, self._claims, populate):
             return False
         # No await since the header was written: nobody is sent to the backing any more.
+        self._retired = backing
         self._backing = self._fetches = self._populate = None
         self._writes.stand_alone()
         log.info("%s: complete, stands alone", self.name)
@@ -436,7 +440,7 @@ class Disk:
             backing=self._backing.name if self._backing else "",
             backing_format=self._backing.format if self._backing else "",
             backing_state=backing.state.value if backing else "",
-            backing_bytes_read=backing.bytes_read if backing else 0,
+            backing_bytes_read=self.asked,
             last_error=self._last_error(backing),
         )
 

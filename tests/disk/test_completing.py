@@ -73,6 +73,7 @@ async def test_a_disk_with_something_missing_does_not_complete() -> None:
         await rig.disk.stream(15 * C)
         assert await rig.disk.complete()
         assert await rig.disk.complete(), "once more changes nothing"
+        assert rig.disk.statistics().backing_bytes_read == 16 * C, "what was fetched is still told"
     assert judge(storage.content, b"").content == BASE
 
 
