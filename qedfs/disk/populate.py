@@ -56,12 +56,10 @@ class Populate:
             if found is None:
                 return None
             start, stop = found
-            if not self._image.has_table(start // self._span):
-                first = min(self._promises.zeros_until(start), stop)
-                if first > start:
-                    continue
-                stop = self._promises.next_zeros(start, stop)
-            return start, stop
+            # What is promised is as good as local: it is linked when its span is looked at, at the latest before completion.
+            first = min(self._promises.zeros_until(start), stop)
+            if first == start:
+                return start, self._promises.next_zeros(start, stop)
         return None
 
     async def look(self, first: int, end: int, *, widely: bool) -> list[Missing]:

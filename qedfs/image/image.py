@@ -252,9 +252,10 @@ class Image(Lookup):
         if sector is None or not records.fits(self.header):
             return False
         async with self._header_lock:
-            await self.storage.write(records.offset(self.header), sector)
-            await self.committer.flush()
-            self.record = record
+            with trio.CancelScope(shield=True):
+                await self.storage.write(records.offset(self.header), sector)
+                await self.committer.flush()
+                self.record = record
         return True
 
     async def set_image_size(self, size: int, exposed: Counts) -> None:
@@ -274,11 +275,13 @@ class Image(Lookup):
 
     async def _change_header(self, change: Callable[[Header], Header]) -> None:
         async with self._header_lock:
-            # The lock is held from reading the header to writing it, so that no other change is undone.
-            header = change(self.header)
-            await self.storage.write(0, header.encode())
-            await self.committer.flush()
-            self.header = header
+            # The lock is held from reading the header to writing it, so that no other change is undone. A caller that is
+            # cancelled carries it to its end, or memory would not know what the disk has.
+            with trio.CancelScope(shield=True):
+                header = change(self.header)
+                await self.storage.write(0, header.encode())
+                await self.committer.flush()
+                self.header = header
 
     async def aclose(self) -> None:
         """Commit durably, cut what is free at the end, clear NEED_CHECK, and close the file.

@@ -464,3 +464,21 @@ async def test_a_write_cancelled_at_any_point_leaves_old_or_new_and_no_claim(ste
         assert content in (b"new", BASE[3 * C + 100 : 3 * C + 103])
         await rig.disk.write(3 * C, pattern(C, 3))
     assert judge(storage.content, BASE).content[3 * C : 4 * C] == pattern(C, 3)
+
+
+async def test_a_disk_that_closes_while_it_begins_to_allocate_is_clean_afterwards() -> None:
+    storage = await empty_image(16 * C)
+
+    async def release_later() -> None:
+        await settled()
+        gate.release()
+
+    source = FakeSource(bytes(16 * C))
+    source.promises = True  # so that the first to allocate is not a copy, which is carried to its end anyway
+    async with trio.open_nursery() as nursery:
+        async with memory_disk(storage, source) as rig:
+            gate = storage.hold("flush")
+            rig.disk.prefetch(0, C)
+            await gate.arrived()
+            nursery.start_soon(release_later)
+    assert not judge(storage.content, BASE).need_check

@@ -142,6 +142,47 @@ class DiskMachine(RuleBasedStateMachine):
 
         self.steps.append(prefetch)
 
+    @rule(place=PLACES)
+    def stream_a_step(self, place: tuple[int, int]) -> None:
+        pos = self._place(place)
+        size = self.model.size
+
+        async def step(disk: Disk, image: Image) -> None:
+            count = await disk.stream(pos)
+            assert 0 <= count <= max(0, size - pos)
+            assert (count > 0) == (pos < size)
+
+        self.steps.append(step)
+
+    @rule(place=PLACES, clusters=st.integers(1, 600))
+    def stream_some(self, place: tuple[int, int], clusters: int) -> None:
+        first = self._place(place) // self.geometry.cluster_size
+
+        async def stream(disk: Disk, image: Image) -> None:
+            if disk.populate is not None and first < disk.populate.total:
+                end = min(disk.populate.total, first + clusters)
+                bringing = disk.populate.bring(await disk.populate.look(first, end, widely=True))
+                await bringing.arrived()
+                await bringing.linked()
+                assert disk.populate.next_missing(first, end) is None
+
+        self.steps.append(stream)
+
+    @rule(all_of_it=st.booleans())
+    def complete(self, all_of_it: bool) -> None:
+        async def complete(disk: Disk, image: Image) -> None:
+            populate = disk.populate
+            while all_of_it and populate is not None and (missing := populate.next_missing(0, populate.total)):
+                found = await populate.look(missing[0], min(missing[1], missing[0] + 256), widely=True)
+                bringing = populate.bring(found)
+                await bringing.arrived()
+                await bringing.linked()
+            done = await disk.complete()
+            assert done or not all_of_it
+            assert done == (image.backing_name == "")
+
+        self.steps.append(complete)
+
     @rule(crash=st.booleans())
     def remount(self, crash: bool) -> None:
         if crash:
