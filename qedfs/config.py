@@ -137,6 +137,10 @@ class StreamOptions:
     idle: Idle = Idle.AUTO
 
 
+UNMOUNT_GRACE = 20.0
+"""Seconds in which a hypervisor that starts right after the mount finds its disk."""
+
+
 @dataclass(frozen=True)
 class MountOptions:
     """Everything that `-o` can say (interface, "Mount options"). Made by `parse_mount_options`."""
@@ -150,17 +154,23 @@ class MountOptions:
     allow_backing: tuple[str, ...] = ()
     connections: int = 4
     """Per backing; more than a server allows are not opened. Four fill a long link without tuned TCP buffers."""
+    unmount_grace: float | None = None
+    """Unmount when all images are complete and closed, one that nobody has opened so many seconds after it came; None: never."""
     direct_io: DirectIO = DirectIO.AUTO
     poll: int = 30
     """Microseconds of adaptive polling for the next request; 0 for none. Longer gains nothing on a busy mount."""
 
 
 class _Option(NamedTuple):
-    """Where the value of one mount option goes and how it is read from its text; a `parse` of None: it takes no value."""
+    """Where the value of one mount option goes and how it is read from its text; a `parse` of None: it takes no value.
+
+    `bare` is what the name without a value means; None: it needs one.
+    """
 
     record: str
     field: str
     parse: Callable[[str, str], Any] | None = None
+    bare: Any = None
 
 
 def _choice(kind: type[Enum]) -> Callable[[str, str], Enum]:
@@ -209,10 +219,11 @@ _OPTIONS: Mapping[str, _Option] = {
     "stream_floor": _Option("stream", "floor", parse_size),
     "finish_by": _Option("stream", "finish_by", parse_duration),
     "idle": _Option("stream", "idle", _choice(Idle)),
+    "unmount_when_complete": _Option("mount", "unmount_grace", parse_duration, bare=UNMOUNT_GRACE),
     "boot_profile": _Option("", "", _boot_profile),
 }
 
-_NOT_YET = ("metrics", "shared_cache", "unmount_when_complete")
+_NOT_YET = ("metrics", "shared_cache")
 """Accepting them would promise what nothing does yet."""
 
 # fmt: off
@@ -249,6 +260,9 @@ def parse_mount_options(texts: Iterable[str], *, sloppy: bool = False) -> MountO
         if sloppy and name not in _OPTIONS:
             continue
         option = _find_option(name)
+        if not equals and option.bare is not None:
+            values[option.record][option.field] = option.bare
+            continue
         if (option.parse is None) == bool(equals):
             raise UsageError(name, "takes no value" if equals else f"needs a value ('{name}=...')")
         if option.parse is None:

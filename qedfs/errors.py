@@ -125,3 +125,23 @@ class NotAllowed(BackingRefused):
 
 class MountError(QedfsError):
     """The mount cannot be made, or cannot be ended."""
+
+
+class NotMounted(UsageError):
+    """The user's fault, or news: a path is not on a qedfs mount, or is no more."""
+
+
+class StreamingFailed(QedfsError):
+    """Streaming will not complete an image unless somebody does something: the exit status that `wait` promises."""
+
+
+class WaitedTooLong(QedfsError):
+    """What was waited for did not come in the time given; exits as timeout(1)."""
+
+    exit_code = 124
+
+
+class Interrupted(QedfsError):
+    """A signal ended a command that has something to say about it; exits as a program that SIGINT ended."""
+
+    exit_code = 130

@@ -98,7 +98,7 @@ def test_wrong_option_is_named_in_one_line(text: str, line: str) -> None:
     assert str(caught.value) == line
 
 
-@pytest.mark.parametrize("text", ["metrics=:9100", "shared_cache=/c", "unmount_when_complete", "boot_profile=/f"])
+@pytest.mark.parametrize("text", ["metrics=:9100", "shared_cache=/c", "boot_profile=/f"])
 def test_option_that_nothing_honours_yet_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not supported yet"):
         parse_mount_options([text])

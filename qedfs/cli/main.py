@@ -24,6 +24,8 @@ COMMANDS = {
     "mount": "Present QED images as raw disks.",
     "unmount": "Flush and unmount; return when everything is closed.",
     "status": "Show progress, state and errors of mounted images.",
+    "stream": "Copy all that is missing; the image then stands alone.",
+    "wait": "Return when streaming is complete.",
     "set": "Change an attribute of a mounted image.",
     "info": "Show header, sizes and backing chain.",
     "map": "Show which parts of an image are local.",

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qedfs.errors import UsageError
-from qedfs.report.mounted import read_attribute, read_attributes
+from qedfs.errors import NotMounted, UsageError
+from qedfs.report.mounted import is_mounted, read_attribute, read_attributes, read_some
 from qedfs.report.sizes import size_text
 
 _NUMBERS = {
@@ -54,31 +54,43 @@ class RefusedImage:
 Status = ServedImage | RefusedImage
 
 
-def read_status(path: str) -> list[Status]:
+def read_status(path: str, names: Iterable[str] | None = None) -> list[Status]:
     """Return the status of one mounted disk, or of all images of the mount whose root is `path`.
 
+    With `names` only these attributes are read, as far as they are there.
+
     Raises:
-        UsageError: it is neither.
+        NotMounted: it is neither, or no more.
+        UsageError: the mount says something that cannot be understood.
     """
+
+    def served(file: str) -> ServedImage:
+        return ServedImage(file, read_attributes(file) if names is None else read_some(file, names))
+
     if not os.path.isdir(path):
-        return [ServedImage(path, read_attributes(path))]
-    text = read_attribute(path, "status")
+        return [served(path)]
+    found: list[Status] = []
+    listed, refused = _listed(path)
+    for name in listed:
+        file = os.path.join(path, name)
+        try:
+            found.append(served(file))
+        except NotMounted:
+            # Removed since the list was made, if the mount itself is still there.
+            if not is_mounted(path):
+                raise
+    return [*found, *refused]
+
+
+def _listed(mountpoint: str) -> tuple[list[str], list[RefusedImage]]:
+    """Return what a mount says it serves, by name, and what it leaves out."""
+    text = read_attribute(mountpoint, "status")
     try:
         report = json.loads(text)
         names = [str(leaf["name"]) for leaf in report["leaves"]]
-        refused = [RefusedImage(str(entry["path"]), str(entry["reason"])) for entry in report["refused"]]
+        return names, [RefusedImage(str(entry["path"]), str(entry["reason"])) for entry in report["refused"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(path, "the mount's status cannot be understood (another version of qedfs?)") from error
-    served: list[Status] = []
-    for name in names:
-        file = os.path.join(path, name)
-        try:
-            served.append(ServedImage(file, read_attributes(file)))
-        except UsageError:
-            if os.path.lexists(file):
-                raise
-            # It was removed since the list was made.
-    return [*served, *refused]
+        raise UsageError(mountpoint, "the mount's status cannot be understood (another version of qedfs?)") from error
 
 
 def status_text(images: Iterable[Status]) -> str:

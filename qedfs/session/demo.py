@@ -21,7 +21,7 @@ import trio
 from qedfs.backing.file import open_file
 from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.policy import Policy
-from qedfs.errors import QedfsError
+from qedfs.errors import Interrupted, QedfsError
 from qedfs.fuse.mounts import find_mount
 from qedfs.nbd.listeners import open_unix_listener
 from qedfs.nbd.server import serve
@@ -39,12 +39,6 @@ Say = Callable[[str], None]
 
 class DemoFailed(QedfsError):
     """Something was not as it should be."""
-
-
-class Interrupted(QedfsError):
-    """A signal ended the demonstration."""
-
-    exit_code = 130
 
 
 async def run_demo(say: Say) -> None:

@@ -23,6 +23,7 @@ from qedfs.errors import MountError
 from qedfs.fuse.serve import serve
 from qedfs.fuse.unmount import unmount
 from qedfs.session.admission import Terms
+from qedfs.session.leaving import unmount_when_complete
 from qedfs.session.places import check_places
 from qedfs.session.roster import Roster
 from qedfs.session.streams import open_streams
@@ -154,6 +155,8 @@ async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending) -> in
                         ending.mounted()
                         for folder in opened.folders:
                             mounted.start_soon(folder.watch, roster)
+                        if (grace := mount.options.unmount_grace) is not None:
+                            mounted.start_soon(unmount_when_complete, roster.tree, mount.mountpoint, grace)
                         await _tell(ready, ending)
             finally:
                 ending.unmounted()

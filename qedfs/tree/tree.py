@@ -44,6 +44,14 @@ class Status(NamedTuple):
     ctime_ns: int
 
 
+class Usage(NamedTuple):
+    """A leaf, how many handles on it are open now, and whether there ever was one."""
+
+    leaf: Leaf
+    handles: int
+    opened: bool
+
+
 class _Node:
     """One leaf under an inode, and who holds it."""
 
@@ -54,6 +62,9 @@ class _Node:
         self.lookups = 0
         # Open handles and requests under way. INVARIANT: the disk is used only while this is above zero.
         self.users = 0
+        self.handles = 0
+        self.opened = False
+        """Whether anybody has ever opened it."""
         self.removed = False
         self.closed = trio.Event()
 
@@ -90,6 +101,10 @@ class Tree:
     def leaves(self) -> list[Leaf]:
         """Those that have a name, in the order in which they came."""
         return [node.leaf for node in self._names.values()]
+
+    def usage(self) -> list[Usage]:
+        """Who uses each of `leaves`."""
+        return [Usage(node.leaf, node.handles, node.opened) for node in self._names.values()]
 
     def add(self, leaf: Leaf) -> None:
         """Show `leaf`.
@@ -282,6 +297,8 @@ class Tree:
         self._handles[handle] = node
         self.disks[handle] = node.leaf.disk
         node.users += 1
+        node.handles += 1
+        node.opened = True
         return handle
 
     def close(self, handle: int) -> None:
@@ -289,6 +306,7 @@ class Tree:
         node = self._handles.pop(handle, None)
         if node:
             del self.disks[handle]
+            node.handles -= 1
             self._release(node)
 
     def _release(self, node: _Node) -> None:

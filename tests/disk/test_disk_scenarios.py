@@ -475,10 +475,9 @@ async def test_a_disk_that_closes_while_it_begins_to_allocate_is_clean_afterward
 
     source = FakeSource(bytes(16 * C))
     source.promises = True  # so that the first to allocate is not a copy, which is carried to its end anyway
-    async with trio.open_nursery() as nursery:
-        async with memory_disk(storage, source) as rig:
-            gate = storage.hold("flush")
-            rig.disk.prefetch(0, C)
-            await gate.arrived()
-            nursery.start_soon(release_later)
+    async with trio.open_nursery() as nursery, memory_disk(storage, source) as rig:
+        gate = storage.hold("flush")
+        rig.disk.prefetch(0, C)
+        await gate.arrived()
+        nursery.start_soon(release_later)
     assert not judge(storage.content, BASE).need_check
