@@ -205,18 +205,6 @@ class _Monitor:
         raise BenchError("qemu-storage-daemon has ended")
 
 
-def fio_latency(file: Path, size: int, seconds: float) -> float:
-    """Return the p99 latency, in seconds, of 4K O_DIRECT reads one after the other in the first `size` bytes."""
-    result = json.loads(
-        run(
-            *("fio", "--name=job", f"--filename={file}", "--rw=randread", "--bs=4k", "--direct=1", "--ioengine=psync"),
-            *(f"--size={size}", "--time_based", f"--runtime={seconds}", "--thread", "--output-format=json"),
-            *("--allow_file_create=0", "--fallocate=none", "--randrepeat=0"),
-        )
-    )
-    return float(result["jobs"][0]["read"]["clat_ns"]["percentile"]["99.000000"]) / 1e9
-
-
 def need(*programs: str) -> None:
     """Refuse to begin without a program."""
     missing = [program for program in programs if shutil.which(program) is None]
