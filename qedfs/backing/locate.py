@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 
 from qedfs.backing.base import Source, close
 from qedfs.backing.file import FileSource, Found, open_file
+from qedfs.backing.foreign import Foreign, format_by_magic, known_format, looks_like
 from qedfs.backing.location import FileLocation, Location, NbdLocation, masked, parse_location
 from qedfs.backing.nbd import open_nbd
 from qedfs.backing.object_name import ObjectLocation
 from qedfs.backing.objects import open_object
 from qedfs.backing.policy import Owner, Place, Policy, Rights
 from qedfs.backing.qed import PageCache, QedSource, read_header
+from qedfs.backing.qemu import open_qemu, read_foreign
 from qedfs.errors import BackingRefused, NotAllowed
 from qedfs.image.header import MAGIC, Header
 
 MAX_DEPTH = 64
 """Backings below one leaf."""
 
+MAX_FOREIGN = 8
+"""Of them, images in formats that QEMU reads for us: each is a process of some 10 MiB."""
+
 RAW, QED = "raw", "qed"
-_QCOW2_MAGIC = b"QFI\xfb"
+
+_Layer = Callable[[Source | None], Awaitable[Source]]
+"""Puts an image, of which all is known but its backing, over that."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,9 @@ class Reference:
     make a link to an image could else choose what lies beside it; absolute if the process may change its folder before the
     backing is opened (again).
 
-    `format` is `raw`, `qed`, or None for "see what is there", which is for the day on which the leaf is made or first
-    mounted: later the pinned format is to be passed, as a guest could write a magic into a raw base. A header's no-probe
-    flag means `raw`.
+    `format` is `raw`, `qed`, one of `foreign.FORMATS`, or None for "see what is there", which is for the day on which the
+    leaf is made or first mounted: later the pinned format is to be passed, as a guest could write a magic into a raw base.
+    A header's no-probe flag means `raw`.
 
     `status` is that of the naming image, from its open file; None if a person names the backing, who may name anything.
     """
@@ -78,6 +85,11 @@ class _Link:
     format: str | None
     image: Location
     owner: Owner | None
+
+    @property
+    def by_person(self) -> bool:
+        """Whether somebody at the command line says it, and no image."""
+        return self.owner is None and isinstance(self.image, FileLocation)
 
 
 @dataclass
@@ -136,6 +148,10 @@ class _Chain:
         self.seen.add(name)
         return await open_object(location, signed=rights is Rights.OURS)
 
+    def secret_for(self, link: _Link) -> bytes | None:
+        """Return the passphrase, which opens only what a person or a trusted image of this machine names."""
+        return self.policy.secret if self.trusted and isinstance(link.image, FileLocation) else None
+
     def _rights(self, link: _Link, place: Place, name: str) -> Rights:
         return self.policy.rights(link.owner, remote=not isinstance(link.image, FileLocation), place=place, name=name)
 
@@ -146,38 +162,70 @@ class _Chain:
 
 async def _open_chain(chain: _Chain, link: _Link, opened: AsyncExitStack) -> Source:
     """Open what `link` names and everything below it; each source is put into `opened` for the case of a failure."""
-    layers: list[tuple[Source, Header]] = []
+    layers: list[_Layer] = []
+    foreign = 0
+    pages = PageCache()
     for _ in range(MAX_DEPTH):
         source, location = await chain.open(link)
         opened.push_async_callback(close, source)
-        if await _format(source, link.format or location.format) == RAW:
-            return _stacked(layers, source)
-        header, name = await read_header(source)
-        layers.append((source, header))
-        if not name:
-            return _stacked(layers, None)
+        format = await _format(source, link.format or location.format, by_person=link.by_person)
         owner = _owner(source.status) if isinstance(source, FileSource) else None
-        link = _Link(name, RAW if header.backing_is_raw else None, location, owner)
+        if format == RAW:
+            return await _stacked(layers, source, opened)
+        if format == QED:
+            header, name = await read_header(source)
+            layers.append(_qed_layer(source, header, pages))
+            below = RAW if header.backing_is_raw else None
+        else:
+            foreign += 1
+            if foreign > MAX_FOREIGN:
+                raise BackingRefused(source.name, f"more than {MAX_FOREIGN} images of the chain need a QEMU each")
+            told, head = await read_foreign(source, format)
+            layers.append(_foreign_layer(source, format, told, head, chain.secret_for(link)))
+            name, below = told.backing, told.backing_format
+        if not name:
+            return await _stacked(layers, None, opened)
+        link = _Link(name, below, location, owner)
     raise BackingRefused(masked(link.name), f"the chain of backings is more than {MAX_DEPTH} deep")
 
 
-async def _format(source: Source, told: str | None) -> str:
-    """Return the format of `source`: what was told, else what its first bytes say. Bytes never overrule what was told."""
-    if told in (RAW, QED):
-        return str(told)
+async def _format(source: Source, told: str | None, *, by_person: bool) -> str:
+    """Return the format of `source`: what was told, else what its first bytes say. Bytes never overrule what was told.
+
+    An image that does not say that its backing is raw may have been made on any format that has no magic to be trusted
+    (or its pin, which told the format, is lost): what looks like one of these is neither read as it nor as raw then.
+    """
     if told is not None:
-        raise BackingRefused(source.name, f"the format {told} is not supported yet; raw and qed are")
-    start = bytearray(min(len(MAGIC), source.size))
+        return known_format(told, source.name)
+    start = bytearray(min(32, source.size))
     await source.read_into(0, memoryview(start))
-    if start == _QCOW2_MAGIC:
-        raise BackingRefused(source.name, "the format qcow2 is not supported yet; raw and qed are")
-    return QED if start == MAGIC else RAW
+    if start.startswith(MAGIC):
+        return QED
+    if not by_person and (likely := looks_like(bytes(start))):
+        raise BackingRefused(
+            source.name, f"looks like {likely}, and the image that names it does not say so; 'qedfs rebase -F' tells it"
+        )
+    return format_by_magic(bytes(start)) or RAW
 
 
-def _stacked(layers: Iterable[tuple[Source, Header]], bottom: Source | None) -> Source:
-    pages = PageCache()
-    for file, header in reversed(list(layers)):
-        bottom = QedSource(file, header, bottom, pages)
+def _qed_layer(source: Source, header: Header, pages: PageCache) -> _Layer:
+    async def put(below: Source | None) -> Source:
+        return QedSource(source, header, below, pages)
+
+    return put
+
+
+def _foreign_layer(source: Source, format: str, told: Foreign, head: bytes, secret: bytes | None) -> _Layer:
+    async def put(below: Source | None) -> Source:
+        return await open_qemu(source, format, told, head, below, secret)
+
+    return put
+
+
+async def _stacked(layers: list[_Layer], bottom: Source | None, opened: AsyncExitStack) -> Source:
+    for put in reversed(layers):
+        bottom = await put(bottom)
+        opened.push_async_callback(close, bottom)
     assert bottom is not None, "a chain that is not refused has a layer"
     return bottom
 

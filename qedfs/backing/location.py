@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
+from qedfs.backing.foreign import FORMATS
 from qedfs.backing.object_name import ObjectLocation, is_object, parse_object
 from qedfs.errors import BackingRefused, UsageError
 from qedfs.nbd.address import NbdAddress, is_nbd, parse_address, without_user
@@ -124,7 +125,7 @@ def _parse_json(name: str) -> Location:
     """Accept those of QEMU's node trees that say no more than a plain name does."""
     refusal = BackingRefused(
         masked(name),
-        "of QEMU's json: names only a plain file or NBD export, raw or qed, is understood; write it as such",
+        "of QEMU's json: names only a plain file or NBD export, in a format, is understood; write it as such",
     )
     if len(name) > _MAX_JSON:
         raise refusal
@@ -143,7 +144,7 @@ def _node(tree: Any) -> Location | None:
         return None
     if "file" in tree and isinstance(tree["file"], dict):
         driver = tree.get("driver")
-        if set(tree) - {"driver", "file"} or driver not in (None, "raw", "qed"):
+        if set(tree) - {"driver", "file"} or driver not in (None, "raw", "qed", *FORMATS):
             return None
         location = _protocol_node(tree["file"])
         return None if location is None else replace(location, format=driver)

@@ -54,16 +54,22 @@ _MAY_PASS = {Errno.EIO, Errno.ENOMEM, Errno.ESHUTDOWN}
 T = TypeVar("T")
 
 
-async def open_nbd(address: NbdAddress, *, connections: int = 4, credentials: bool = True) -> NbdSource:
+async def open_nbd(
+    address: NbdAddress, *, connections: int = 4, credentials: bool = True, private: bool = False
+) -> NbdSource:
     """Open the export at `address`, over at most `connections` connections.
 
-    With `credentials` a TLS server may be shown the client certificate of the mounter.
+    With `credentials` a TLS server may be shown the client certificate of the mounter. A `private` server is one of ours
+    for us alone: it is connected to once and asked for whole answers, holes included, as it costs nothing on this machine.
 
     Raises:
         BackingUnavailable: nobody answers, or not in time.
         BackingRefused: there is no such export, the server says nonsense, or TLS does not come about.
     """
     first = await _dial(address, DIAL_TIMEOUT, credentials)
+    if private:
+        first.want_whole_answers()
+        return NbdSource(address, first, 1, credentials)
     return NbdSource(address, first, connections if first.can_multi_conn else 1, credentials)
 
 

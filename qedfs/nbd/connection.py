@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import trio
 
 from qedfs.nbd.address import NbdAddress
-from qedfs.nbd.constants import TransmissionFlag
+from qedfs.nbd.constants import CommandFlag, TransmissionFlag
 from qedfs.nbd.errors import NbdDisconnected, NbdError, NbdProtocolError, NbdTlsFailed
 from qedfs.nbd.negotiation import SERVER, Agreement, ClientHandshake
 from qedfs.nbd.tls import TlsSocket, client_context
@@ -146,6 +146,14 @@ class Connection:
     def can_multi_conn(self) -> bool:
         """The server allows several connections and keeps them coherent."""
         return TransmissionFlag.CAN_MULTI_CONN in self.agreement.flags
+
+    def want_whole_answers(self) -> None:
+        """Have each READ answered by one chunk from now on, if the server knows how.
+
+        QEMU's server hangs up on everybody when it cannot read what it wanted to send in several chunks.
+        """
+        if TransmissionFlag.SEND_DF in self.agreement.flags and self.agreement.structured:
+            self._machine.read_flags = CommandFlag.DF
 
     async def read(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
         """Fill each buffer from its position; the pieces obey the server's block sizes and travel together.

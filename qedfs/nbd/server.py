@@ -84,6 +84,11 @@ async def serve(
             _unlink_own(path, inode)
 
 
+async def serve_stream(export: Export, stream: trio.SocketStream) -> None:
+    """Serve `export` as the default export to the one client at the other end of `stream`, until it goes; then close."""
+    await _Server(export, "", None).serve_client(stream)
+
+
 class _Server:
     def __init__(self, export: Export, name: str, tls: ssl.SSLContext | None) -> None:
         self._export = export

@@ -47,6 +47,7 @@ from qedfs.nbd.constants import (
     U64,
     Chunk,
     Command,
+    CommandFlag,
     Errno,
     Status,
 )
@@ -111,6 +112,8 @@ class ClientTransmission:
         self._finish: Callable[[], Request | None] | None = None
         self._payload_of: Request | None = None
         self._unwanted = 0
+        self.read_flags = CommandFlag(0)
+        """Of every READ to come."""
 
     @property
     def pending(self) -> int:
@@ -121,7 +124,7 @@ class ClientTransmission:
         """Return a new READ of `len(destination)` bytes (1 to 2^32 - 1) at `pos`, and the bytes that ask for it."""
         request = self._new(pos, len(destination), destination)
         self._reads.add(request.cookie)
-        message = REQUEST.pack(REQUEST_MAGIC, 0, Command.READ, request.cookie, pos, request.length)
+        message = REQUEST.pack(REQUEST_MAGIC, self.read_flags, Command.READ, request.cookie, pos, request.length)
         return request, message
 
     def block_status(self, pos: int, length: int) -> tuple[Request, bytes]:

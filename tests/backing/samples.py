@@ -68,3 +68,13 @@ def served_by_nbdkit(socket: Path, *arguments: object) -> Iterator[str]:
             yield f"nbd+unix:///?socket={socket}"
         finally:
             server.terminate()
+
+
+def make_foreign(folder: Path, format: str, *options: str) -> tuple[Path, Path]:
+    """Make a raw disk of 2 MiB, its second and fourth part zeros, and an image of `format` by `qemu-img convert`."""
+    raw = folder / "disk.raw"
+    first, second = random_bytes(512) * 512, random_bytes(512, 1) * 1024  # what can be compressed
+    raw.write_bytes(first + bytes(256 * KIB) + second + bytes(MIB))
+    image = folder / f"image.{format}"
+    run("qemu-img", "convert", "-f", "raw", "-O", format, *options, raw, image)
+    return raw, image

@@ -17,7 +17,17 @@ from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.policy import Policy
 from qedfs.errors import BackingUnavailable
 from tests.backing.object_servers import Put
-from tests.backing.samples import KIB, MIB, Serve, content_by_qemu, make_chain, make_qed, random_bytes
+from tests.backing.samples import (
+    KIB,
+    MIB,
+    Serve,
+    content_by_qemu,
+    make_chain,
+    make_foreign,
+    make_qed,
+    random_bytes,
+    run,
+)
 from tests.nbd.certificates import Authority
 
 
@@ -88,6 +98,25 @@ def _qed_over_nbd(folder: Path, serve: Serve) -> Sample:
     return Sample(_named(serve("file", path)), content_by_qemu(path))
 
 
+def _qcow2(folder: Path, serve: Serve) -> Sample:
+    raw, image = make_foreign(folder, "qcow2", "-c")
+    return Sample(_named(image), raw.read_bytes())
+
+
+def _qcow2_over_nbd(folder: Path, serve: Serve) -> Sample:
+    raw, image = make_foreign(folder, "qcow2", "-c")
+    return Sample(_named(serve("file", image)), raw.read_bytes())
+
+
+def _qcow2_over_raw_over_nbd(folder: Path, serve: Serve) -> Sample:
+    base = folder / "base.raw"
+    base.write_bytes(random_bytes(900 * KIB))
+    top = folder / "top.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", serve("file", base), "-F", "raw", top, "1500k")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 3k 200k", "-c", "write -z 512k 128k", top)
+    return Sample(_named(top), content_by_qemu(top, "qcow2"))
+
+
 def _s3(folder: Path, put: Put) -> Sample:
     content = random_bytes(300_001)
     return Sample(_named(put("s3", "images/a b+c%20d.raw", content)), content)
@@ -112,7 +141,19 @@ def _qed_chain_in_s3(folder: Path, put: Put) -> Sample:
     return Sample(lambda: open_backing(Reference(address, None, "/leaf.qed"), anybody), content_by_qemu(top))
 
 
-SAMPLES = [_file, _one_byte, _file_with_holes, _qed, _qed_chain, _nbd, _nbds, _qed_over_nbd]
+SAMPLES = [
+    _file,
+    _one_byte,
+    _file_with_holes,
+    _qed,
+    _qed_chain,
+    _nbd,
+    _nbds,
+    _qed_over_nbd,
+    _qcow2,
+    _qcow2_over_nbd,
+    _qcow2_over_raw_over_nbd,
+]
 OBJECTS = [_s3, _gs, _az, _qed_chain_in_s3]
 
 

@@ -92,12 +92,18 @@ async def test_a_layer_without_the_flag_has_its_backing_probed_as_qemu_does(tmp_
     assert await content_of(await open_named(image)) == content_by_qemu(image)
 
 
-async def test_other_formats_are_refused_in_one_line(tmp_path: Path, base: Path) -> None:
-    run("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "i.qcow2", "1M")
-    with pytest.raises(BackingRefused, match=r"i\.qcow2: the format qcow2 is not supported yet; raw and qed are"):
-        await open_named(tmp_path / "i.qcow2")
-    with pytest.raises(BackingRefused, match="the format vmdk is not supported yet"):
-        await open_named(base, "vmdk")
+async def test_a_qcow2_is_seen_from_its_magic_unless_another_format_is_told(tmp_path: Path) -> None:
+    image = tmp_path / "i.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
+    source = await open_named(image)
+    assert source.format == "qcow2"
+    assert await content_of(source) == bytes(MIB)
+    assert await content_of(await open_named(image, "raw")) == image.read_bytes()
+
+
+async def test_what_is_no_format_is_refused_in_one_line(base: Path) -> None:
+    with pytest.raises(BackingRefused, match=r"base\.raw: the format ext4 is none of raw, qed, qcow2, "):
+        await open_named(base, "ext4")
     with pytest.raises(BackingRefused, match="not a QED image"):
         await open_named(base, "qed")
 
