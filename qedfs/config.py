@@ -6,9 +6,10 @@ Numbers of bytes take the suffixes `k M G T` (powers of 1024) everywhere; durati
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,8 @@ _SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)", re.IGNORECASE)
+MAX_SECRET = 4096
+"""Bytes of a passphrase."""
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 
 
@@ -88,6 +91,28 @@ def parse_count(text: str, what: str, low: int, high: int) -> int:
     raise UsageError(what, f"'{text}' is not a whole number from {low} to {high}")
 
 
+def read_secret(text: str, what: str) -> bytes:
+    """Return the passphrase that `text` (`fd:N` or `file:PATH`) leads to, without the newline at its end.
+
+    It is read here and now: going to the background closes the descriptor and leaves the folder of a relative path.
+    """
+    kind, _, place = text.partition(":")
+    if kind not in ("fd", "file") or not place:
+        raise UsageError(what, "expected fd:N or file:PATH; the passphrase itself would be seen by everybody here")
+    try:
+        fd = parse_count(place, what, 0, 1 << 20) if kind == "fd" else os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        with open(fd, "rb", buffering=0, closefd=kind == "file") as file:
+            secret = b""
+            while len(secret) <= MAX_SECRET + 1 and (piece := file.read(MAX_SECRET + 2)):
+                secret += piece
+    except OSError as error:
+        raise UsageError(what, f"{text} cannot be read ({os.strerror(error.errno or 0)})") from error
+    secret = secret.removesuffix(b"\n")
+    if not 0 < len(secret) <= MAX_SECRET:
+        raise UsageError(what, f"{text} holds no passphrase (1 to {MAX_SECRET} bytes)")
+    return secret
+
+
 @dataclass(frozen=True)
 class Reserve:
     """Room on the leaf's file system that copies leave free, in bytes or in percent of the file system."""
@@ -152,6 +177,8 @@ class MountOptions:
     allow_root: bool = False
     trust_backing: bool = False
     allow_backing: tuple[str, ...] = ()
+    secret: bytes | None = field(default=None, repr=False)
+    """The passphrase of encrypted backings."""
     connections: int = 4
     """Per backing; more than a server allows are not opened. Four fill a long link without tuned TCP buffers."""
     unmount_grace: float | None = None
@@ -206,6 +233,7 @@ _OPTIONS: Mapping[str, _Option] = {
     "allow_root": _Option("mount", "allow_root"),
     "trust_backing": _Option("mount", "trust_backing"),
     "allow_backing": _Option("mount", "allow_backing", lambda text, what: (text,)),
+    "secret": _Option("mount", "secret", read_secret),
     "connections": _Option("mount", "connections", _between(1, 64)),
     "direct_io": _Option("mount", "direct_io", _choice(DirectIO)),
     "poll": _Option("mount", "poll", _between(0, 10_000)),

@@ -8,7 +8,7 @@ import click
 import trio
 
 from qedfs.backing.location import masked
-from qedfs.config import Mode, parse_size
+from qedfs.config import Mode, parse_size, read_secret
 from qedfs.errors import UsageError, printable
 from qedfs.image.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_CLUSTERS, Geometry
 from qedfs.report.sizes import exact_size_text
@@ -18,7 +18,11 @@ from qedfs.session.leaf import NewLeaf, create
 @click.command("create", short_help="Make a QED image over a backing.")
 @click.option("-b", "--backing", metavar="BACKING", help="Path (relative to LEAF) or nbd:// URL; stored as it is.")
 @click.option(
-    "-F", "--format", "format_", metavar="FORMAT", help="raw or qed. Default: raw, unless its magic is QED's."
+    "-F",
+    "--format",
+    "format_",
+    metavar="FORMAT",
+    help="raw, qed, or a format of QEMU. Default: raw, unless its magic is QED's or qcow2's.",
 )
 @click.option("-s", "--size", metavar="SIZE", help="Of the disk. Default: the backing's, in whole sectors.")
 @click.option("--cluster-size", metavar="SIZE", default=str(DEFAULT_CLUSTER_SIZE), help="4k to 64M. Default: 64k.")
@@ -27,6 +31,7 @@ from qedfs.session.leaf import NewLeaf, create
 )
 @click.option("--mode", type=click.Choice([mode.value for mode in Mode]), help="Stored in the leaf. Default: cor.")
 @click.option("--hold", is_flag=True, help="Copy and record nothing until a migration releases the leaf.")
+@click.option("--secret", metavar="fd:N|file:PATH", help="Where the passphrase of an encrypted BACKING is.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @click.argument("leaf")
 def command(
@@ -37,6 +42,7 @@ def command(
     table_size: int,
     mode: str | None,
     hold: bool,
+    secret: str | None,
     force: bool,
     leaf: str,
 ) -> None:
@@ -52,9 +58,10 @@ def command(
         mode=mode or "",
         hold=hold,
         overwrite=force,
+        secret=None if secret is None else read_secret(secret, "--secret"),
     )
-    header = trio.run(create, new)
-    on = f" on {masked(backing)} ({'raw' if header.backing_is_raw else 'qed'})" if backing else ""
+    header, found = trio.run(create, new)
+    on = f" on {masked(backing)} ({found})" if backing else ""
     click.echo(printable(f"{os.fsdecode(leaf)}: {exact_size_text(header.image_size)}{on}"))
     if table_size == 1:
         click.echo("qedfs: warning: QEMU cannot open an image with a table size of 1", err=True)

@@ -7,6 +7,7 @@ import os
 import click
 import trio
 
+from qedfs.config import read_secret
 from qedfs.errors import UsageError, printable
 from qedfs.nbd.constants import DEFAULT_PORT
 from qedfs.session.serving import Service, serve_image
@@ -19,7 +20,11 @@ from qedfs.session.serving import Service, serve_image
 @click.option("--listen", metavar="HOST:PORT", help=f"TCP. Port 0 takes a free one; without a port {DEFAULT_PORT}.")
 @click.option("--name", default="", metavar="NAME", help="Of the export. It is the default export in any case.")
 @click.option(
-    "-F", "--format", "format_", metavar="FORMAT", help="raw or qed. Default: raw, unless its magic is QED's."
+    "-F",
+    "--format",
+    "format_",
+    metavar="FORMAT",
+    help="raw, qed, or a format of QEMU. Default: raw, unless its magic is QED's or qcow2's.",
 )
 @click.option(
     "--tls-certificates",
@@ -31,6 +36,7 @@ from qedfs.session.serving import Service, serve_image
     "--tls-verify-peer", "verify_peer", is_flag=True, help="Only clients with a certificate of DIR/ca-cert.pem."
 )
 @click.option("--insecure", is_flag=True, help="Listen beyond loopback without TLS, where anybody can read the image.")
+@click.option("--secret", metavar="fd:N|file:PATH", help="Where the passphrase of an encrypted image is.")
 @click.argument("image", metavar="IMAGE|RAW")
 def command(
     socket_path: str | None,
@@ -40,6 +46,7 @@ def command(
     certificates: str | None,
     verify_peer: bool,
     insecure: bool,
+    secret: str | None,
     image: str,
 ) -> None:
     """Serve the disk in IMAGE (raw, or QED with its backings), or the mounted disk RAW, until SIGINT or SIGTERM.
@@ -53,7 +60,10 @@ def command(
     host, port = _address(listen) if listen else ("", 0)
     if not listen and not socket_path:
         socket_path = os.path.basename(image) + ".sock"
-    service = Service(image, format_, name, socket_path, host, port, insecure, certificates, verify_peer)
+    passphrase = None if secret is None else read_secret(secret, "--secret")
+    service = Service(
+        image, format_, name, socket_path, host, port, insecure, certificates, verify_peer, secret=passphrase
+    )
     trio.run(serve_image, service, lambda uri: click.echo(printable(uri)))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import trio
 
+from qedfs.backing.foreign import HEAD, format_by_magic, inspect, known_format
 from qedfs.backing.location import FileLocation, Location, masked, parse_location
 from qedfs.errors import QedfsError
 from qedfs.image import header as headers
@@ -117,10 +118,14 @@ async def _look(path: str, told: str) -> tuple[Level, str, str]:
     try:
         length = storage.length()
         start = bytes(await storage.read(0, min(length, headers.SIZE)))
-        if told == "raw" or (not told and not start.startswith(headers.MAGIC)):
+        if not told and not start.startswith(headers.MAGIC):
+            told = format_by_magic(start) or "raw"
+        if told == "raw":
             return Level(path, "raw", length), "", ""
         if told not in ("", "qed"):
-            return Level(path, told), "", ""
+            head = bytes(await storage.read(0, min(length, HEAD)))
+            foreign = inspect(known_format(told, path), head, path)
+            return Level(path, told, foreign.size), foreign.backing, foreign.backing_format or ""
         header = headers.decode(start, length, path)
         below = ""
         if header.has_backing:

@@ -61,6 +61,7 @@ class Terms:
             allow_backing=self.options.allow_backing,
             forbidden_roots=(self.mountpoint,),
             connections=self.options.connections,
+            secret=self.options.secret,
         )
 
 

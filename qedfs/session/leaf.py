@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -25,6 +26,9 @@ from qedfs.image.storage import open_storage
 PATIENCE = 4.0
 """Seconds for a backing to answer; a person waits for it."""
 
+_SEEN = ("raw", "qed", "qcow2", "qcow")
+"""The formats that need no pin to be told later: from a flag of the header, or from the magic."""
+
 
 @dataclass(frozen=True)
 class NewLeaf:
@@ -38,10 +42,19 @@ class NewLeaf:
     mode: str
     hold: bool
     overwrite: bool
+    secret: bytes | None = None
+    """The passphrase of an encrypted backing."""
 
 
-async def create(leaf: NewLeaf) -> Header:
-    """Make the leaf, with the identity of its backing recorded, and return its header.
+class Made(NamedTuple):
+    """The header of a new leaf, and the format of its backing, empty without one."""
+
+    header: Header
+    format: str
+
+
+async def create(leaf: NewLeaf) -> Made:
+    """Make the leaf, with the identity of its backing recorded.
 
     The backing is open, and locked if it is a file, until the leaf is there: it cannot be the file that is overwritten.
 
@@ -54,7 +67,7 @@ async def create(leaf: NewLeaf) -> Header:
     if leaf.backing is None:
         if leaf.size is None:
             raise UsageError(leaf.path, "needs a size (-s) or a backing (-b)")
-        return await create_leaf(
+        header = await create_leaf(
             leaf.path,
             size=_whole_sectors(leaf.size),
             geometry=leaf.geometry,
@@ -62,8 +75,11 @@ async def create(leaf: NewLeaf) -> Header:
             record=record,
             overwrite=leaf.overwrite,
         )
-    async with _opened(leaf.backing, leaf.format, leaf.path) as source:
-        return await create_leaf(
+        return Made(header, "")
+    async with _opened(leaf.backing, leaf.format, leaf.path, leaf.secret) as source:
+        if leaf.hold and source.format not in _SEEN:
+            raise UsageError(leaf.path, f"a held leaf records nothing, and that its backing is {source.format} must be")
+        header = await create_leaf(
             leaf.path,
             size=_whole_sectors(source.size if leaf.size is None else leaf.size),
             geometry=leaf.geometry,
@@ -72,9 +88,10 @@ async def create(leaf: NewLeaf) -> Header:
             record=record if leaf.hold else record.pinned(_pin(leaf.backing, source)),
             overwrite=leaf.overwrite,
         )
+        return Made(header, source.format)
 
 
-async def rebase(path: str, backing: str, format: str | None, *, force: bool) -> bool:
+async def rebase(path: str, backing: str, format: str | None, *, force: bool, secret: bytes | None = None) -> bool:
     """Let the leaf at `path` name `backing`, or none if that is empty; return whether its identity could be recorded.
 
     With `force` a backing of another size, or one that does not answer (its format must be told then), is taken too.
@@ -87,13 +104,13 @@ async def rebase(path: str, backing: str, format: str | None, *, force: bool) ->
     if not backing:
         return await rebase_image(await open_storage(path, writable=True), backing=None, pin=None, force=force)
     try:
-        async with _opened(backing, format, path) as source:
+        async with _opened(backing, format, path, secret) as source:
             if not force:
                 await _refuse_other_size(path, source)
             named, pin = (backing, source.format == "raw"), _pin(backing, source)
             return await rebase_image(await open_storage(path, writable=True), backing=named, pin=pin, force=force)
     except BackingUnavailable as error:
-        if not force or format is None or isinstance(error, BackingLocked):
+        if not force or format not in _SEEN or isinstance(error, BackingLocked):
             raise
     named = (backing, format == "raw")
     return await rebase_image(await open_storage(path, writable=True), backing=named, pin=None, force=force)
@@ -118,10 +135,10 @@ async def looked_at(path: str) -> AsyncIterator[Image]:
 
 
 @asynccontextmanager
-async def _opened(name: str, format: str | None, leaf: str) -> AsyncIterator[Source]:
+async def _opened(name: str, format: str | None, leaf: str, secret: bytes | None) -> AsyncIterator[Source]:
     reference = Reference(name, format, await trio.to_thread.run_sync(os.path.realpath, leaf))
     with trio.move_on_after(PATIENCE) as patience:
-        source = await open_backing(reference, Policy(mounter=os.getuid()))
+        source = await open_backing(reference, Policy(mounter=os.getuid(), secret=secret))
     if patience.cancelled_caught:
         raise BackingUnavailable(masked(name), f"does not answer within {PATIENCE:.0f} s")
     try:

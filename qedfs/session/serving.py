@@ -43,6 +43,8 @@ class Service:
     insecure: bool
     certificates: str | None = None
     verify_peer: bool = False
+    secret: bytes | None = None
+    """The passphrase of encrypted images."""
 
 
 async def serve_image(service: Service, ready: Callable[[str], None]) -> None:
@@ -87,7 +89,7 @@ async def _open(service: Service) -> Source:
     if await trio.to_thread.run_sync(is_mounted, path):
         # No lock: a guest may be running on it, and that is what it is for.
         return await trio.to_thread.run_sync(_open_mounted, path)
-    return await open_backing(Reference(path, service.format, path), Policy(mounter=os.getuid()))
+    return await open_backing(Reference(path, service.format, path), Policy(mounter=os.getuid(), secret=service.secret))
 
 
 def _open_mounted(path: str) -> Source:
