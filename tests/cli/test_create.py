@@ -84,7 +84,7 @@ REFUSALS = [
     (["-b", "missing.raw", "leaf.qed"], "No such file"),
     (["-b", ".", "leaf.qed"], "neither"),
     (["-b", "fifo", "leaf.qed"], "neither"),
-    (["-b", "base.raw", "-F", "vmdk", "leaf.qed"], "not supported"),
+    (["-b", "base.raw", "-F", "vmdk", "leaf.qed"], "of VMDK only"),
     (["-b", "base.raw", "-F", "qed", "leaf.qed"], "not a QED image"),
     (["-b", "http://example.org/x", "leaf.qed"], "not supported"),
     (["-b", "nbd://user:secret@127.0.0.1:1/x", "leaf.qed"], ""),
