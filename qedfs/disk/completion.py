@@ -20,6 +20,8 @@ async def complete(image: Image, claims: Claims, populate: Populate) -> bool:
     if image.survey_problem:
         raise CorruptEntry(image.name, "keeps its backing, because it is damaged ('qedfs check' says more)")
     while True:
+        # Before the claim below: what is claimed is left out.
+        await populate.settle()
         size = image.header.image_size
         last = size // image.geometry.cluster_size
         # Growth claims everything from the old last cluster on, and so comes before or after.

@@ -140,20 +140,35 @@ class Populate:
         except BaseExceptionGroup as group:
             raise first_of(group) from None
 
+    def _next_unlinked(self, first: int, end: int) -> Missing | None:
+        """As `next_missing`, but a promise counts only where there is no table."""
+        while first < end and (found := self._image.next_missing(first, end)):
+            start, stop = found
+            if self._image.has_table(start // self._span):
+                return found
+            first = min(self._promises.zeros_until(start), stop)
+            if first == start:
+                return found
+        return None
+
+    async def settle(self) -> None:
+        """Link all that is promised but for whole spans without a table. Raises as `look`."""
+        await self._promises.settle(0, self.total)
+
     async def is_all_local(self) -> bool:
         """Whether nothing is missing and nothing that was promised has been forgotten since.
 
-        Links what is promised. Growth must not happen meanwhile. Raises as `look`.
+        Growth must not happen meanwhile. Promises must be linked before (`settle`), as far as there are tables. Raises as
+        `look`.
         """
-        await self._promises.settle(0, self.total)
         held = self._promises.current
         first = 0
-        while found := self.next_missing(first, self.total):
+        while found := self._next_unlinked(first, self.total):
             first = found[0]
             if not self._image.has_table(first // self._span):
                 return False
             await self._image.run(first * self._cluster_size, 1)
-            if self.next_missing(first, first + 1):
+            if self._next_unlinked(first, first + 1):
                 return False
         return held == self._promises.current or not self._promises.count()
 

@@ -249,7 +249,7 @@ async def test_a_killed_process_is_an_outage_that_heals(tmp_path: Path) -> None:
         os.kill(sources[-1].pid, signal.SIGKILL)
         await until(lambda: not is_running(sources[-1].pid))
     # Which of the two is told depends on who notices first.
-    with pytest.raises(BackingUnavailable, match="qemu-nbd has ended|cannot connect"):
+    with pytest.raises(BackingUnavailable, match=r"qemu-nbd has ended|cannot connect"):
         await read(sources[-1], 0, 4096)
     await backing.aclose()
     assert len(sources) == 3

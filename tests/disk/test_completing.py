@@ -77,6 +77,19 @@ async def test_a_disk_with_something_missing_does_not_complete() -> None:
     assert judge(storage.content, b"").content == BASE
 
 
+async def test_promised_zeros_at_the_end_of_the_disk_do_not_stand_in_the_way() -> None:
+    """The last cluster is cut short, is promised, and has a table that a guest has made: completion claims it."""
+    storage = await empty_image(1024 * C + 8 * C + 512)
+    async with memory_disk(storage, BASE[:777]) as rig:
+        await rig.disk.write(1025 * C, b"guest")
+        populate = rig.disk.populate
+        assert populate is not None
+        while missing := populate.next_missing(0, populate.total):
+            await populate.bring(await populate.look(missing[0], missing[0] + 1, widely=True)).linked()
+        assert await rig.disk.complete()
+    assert judge(storage.content, b"").content[:777] == BASE[:777]
+
+
 async def test_spans_that_are_zeros_throughout_get_no_table() -> None:
     span = 1024 * C
     storage = await empty_image(8 * span)

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from qedfs.config import DiskOptions, Mode
 from qedfs.disk.disk import Disk, open_disk
+from qedfs.disk.populate import Populate
 from qedfs.image.create import create_leaf
 from qedfs.image.geometry import Geometry
 from qedfs.image.image import Image, open_image
@@ -39,6 +40,17 @@ MODES = st.sampled_from([Mode.COW, Mode.COR, Mode.STREAM])
 PLACES = st.tuples(st.integers(0, 1 << 12), st.sampled_from([0, 0, 0, 1, 511, 512, 4096, -1, -512, -4096]))
 """A cluster, modulo the disk, and a distance from its start."""
 LENGTHS = st.one_of(st.sampled_from([1, 511, 512, 513, 4096, 4097, 65536, 300_000]), st.integers(1, 3 << 20))
+
+
+async def bring(populate: Populate, first: int, end: int) -> None:
+    """Make `[first, end)` local; what a copy under way has claimed is waited for."""
+    while True:
+        bringing = populate.bring(await populate.look(first, end, widely=True))
+        await bringing.arrived()
+        await bringing.linked()
+        if populate.next_missing(first, end) is None:
+            return
+        await trio.sleep(0.001)
 
 
 class DiskMachine(RuleBasedStateMachine):
@@ -161,10 +173,7 @@ class DiskMachine(RuleBasedStateMachine):
         async def stream(disk: Disk, image: Image) -> None:
             if disk.populate is not None and first < disk.populate.total:
                 end = min(disk.populate.total, first + clusters)
-                bringing = disk.populate.bring(await disk.populate.look(first, end, widely=True))
-                await bringing.arrived()
-                await bringing.linked()
-                assert disk.populate.next_missing(first, end) is None
+                await bring(disk.populate, first, end)
 
         self.steps.append(stream)
 
@@ -173,10 +182,7 @@ class DiskMachine(RuleBasedStateMachine):
         async def complete(disk: Disk, image: Image) -> None:
             populate = disk.populate
             while all_of_it and populate is not None and (missing := populate.next_missing(0, populate.total)):
-                found = await populate.look(missing[0], min(missing[1], missing[0] + 256), widely=True)
-                bringing = populate.bring(found)
-                await bringing.arrived()
-                await bringing.linked()
+                await bring(populate, missing[0], min(missing[1], missing[0] + 256))
             done = await disk.complete()
             assert done or not all_of_it
             assert done == (image.backing_name == "")
