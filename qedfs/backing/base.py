@@ -48,6 +48,9 @@ class Source(ABC):
     format: str = "raw"
     """What the bytes were read as."""
 
+    live: bool = False
+    """Whether every read asks for the bytes as they are now; not if a part of the answer is remembered (tables)."""
+
     @abstractmethod
     async def read_into(self, pos: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `pos`, all of it or raise.

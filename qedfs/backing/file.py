@@ -53,6 +53,8 @@ class Found:
 class FileSource(Source):
     """An open file. Made by `open_file`."""
 
+    live = True
+
     def __init__(self, fd: int, name: str, *, steady: bool = True) -> None:
         """`steady`: the file is not to change while it is open; if it does, no byte of the new content is given out."""
         self.name = name

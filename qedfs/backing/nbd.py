@@ -95,6 +95,8 @@ class _Line:
 class NbdSource(Source):
     """See the module; made by `open_nbd`."""
 
+    live = True
+
     def __init__(self, address: NbdAddress, first: Connection, connections: int, credentials: bool = True) -> None:
         self.name = str(address)
         self.size = first.agreement.size

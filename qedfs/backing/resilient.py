@@ -10,6 +10,8 @@ Rules it lives by:
   has run out of patience earlier.
 - A final error is latched until `reset`. A corrupt entry of a QED backing is final for its bytes only.
 - A source whose content is not the expected one is never read.
+- While the content is still changing (a disk on its way from another host) nothing is expected of it, a source that finds
+  it changed makes way for a new one, and a source that remembers what it read serves one request.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ T = TypeVar("T")
 FIRST_PAUSE = 0.1
 """Seconds before the second attempt; each further pause is twice as long."""
 LONGEST_PAUSE = 10.0
+CHANGE_PAUSE = 0.01
+"""Seconds before a source is opened anew because its content, which may change, has done so under a read."""
 STALL = 30.0
 """Seconds without any answer after which a source is taken for dead. Below the default time that a guest's read waits."""
 
@@ -69,19 +73,22 @@ class Backing:
         format: str = "",
         expected: Identity | None = None,
         host: str | None = None,
+        changing: bool = False,
         stall: float = STALL,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         """`opener` makes a new, connected source. Nothing is opened before the first request.
 
         `name` is shown to people (masked). `format` may be empty until the source has told it. `expected` is what the
-        content must be; without it, what the first connection finds. `host` is the machine it is on, where there is one. `jitter` returns numbers in [0, 1).
+        content must be; without it, what the first connection finds. `host` is the machine it is on, where there is one.
+        `changing`: the content may be another one at any time, until `settle`. `jitter` returns numbers in [0, 1).
         """
         self.name = name
         self.host = host
         self._format = format
         self._opener = opener
         self._expected = expected
+        self._changing = changing
         self._stall = stall
         self._jitter = jitter
         self._source: Source | None = None
@@ -135,7 +142,7 @@ class Backing:
     def read_nowait(self, pos: int, buffer: memoryview) -> bool:
         """As `read_into` if that needs no waiting; False otherwise, and then the content of `buffer` is undefined."""
         source = self._source
-        if source is None or self._state is not BackingState.HEALTHY:
+        if source is None or self._state is not BackingState.HEALTHY or (self._changing and not source.live):
             return False
         inside = min(max(source.size - pos, 0), len(buffer))
         try:
@@ -194,6 +201,16 @@ class Backing:
             attempt.cancel()
         await self._drop()
 
+    def settle(self, identity: Identity) -> None:
+        """From now on the content is that of `identity`, and any other one is refused.
+
+        The caller got `identity` since the last `reset`.
+        """
+        self._changing = False
+        self._expected = identity
+        if self._source is not None and (why := difference(identity, self._source.identity)):
+            self._refuse(BackingChanged(self.name, why))
+
     async def aclose(self) -> None:
         """Close the source. Requests under way fail with BackingUnavailable."""
         self._closed.set()
@@ -225,7 +242,7 @@ class Backing:
             if source is not asked:
                 asked, failures, successes = source, 0, self._successes
             try:
-                answer = await self._attempt(lambda: request(source))  # noqa: B023 (awaited here)
+                answer = await self._attempt(lambda: self._ask(source, request))  # noqa: B023 (awaited here)
             except BackingUnavailable as error:
                 if source is not self._source:
                     continue  # replaced meanwhile: its successor is asked at once
@@ -247,11 +264,24 @@ class Backing:
             except QedfsError as error:
                 if source is not self._source:
                     continue
+                if self._changing and isinstance(error, BackingChanged):
+                    await self._drop()
+                    await self._pause(CHANGE_PAUSE)
+                    continue
                 self._refuse(error)
                 await self._drop()
                 raise
             self._succeeded()
             return answer
+
+    async def _ask(self, source: Source, request: Callable[[Source], Awaitable[T]]) -> T:
+        if source.live or not self._changing:
+            return await request(source)
+        own = await self._opener()
+        try:
+            return await request(own)
+        finally:
+            await close(own)
 
     async def _connected(self) -> Source:
         """Return the source, connecting first if there is none or it has been silent for too long."""
@@ -304,6 +334,8 @@ class Backing:
 
     def _check_identity(self, source: Source) -> None:
         found = source.identity
+        if self._changing:
+            return
         if self._expected is None:
             self._expected = found
         elif why := difference(self._expected, found):

@@ -20,6 +20,7 @@ from qedfs.disk import completion, growth
 from qedfs.disk.claims import Claims
 from qedfs.disk.copies import Copies
 from qedfs.disk.fetches import MAX_FETCH, Fetch, Fetches
+from qedfs.disk.hold import DropPages, release
 from qedfs.disk.misses import Misses
 from qedfs.disk.populate import Populate
 from qedfs.disk.readahead import Readahead
@@ -49,6 +50,8 @@ class Disk:
         stored = image.record.mode
         self.mode = options.mode or (parse_choice(Mode, stored, f"{image.name}: stored mode") if stored else Mode.COR)
         self.held = image.record.hold
+        """Held for a migration: reads pass through, nothing is kept, writes are refused."""
+        self._releasing = trio.Lock()
         self.host = backing.host if backing else None
         """The machine that has the backing, if it is reached over a network."""
         self._image = image
@@ -403,7 +406,30 @@ class Disk:
         self.mode = mode
         self._tell()
         if not self.read_only and self._image.record.mode != mode.value:
-            await self._image.set_record(replace(self._image.record, mode=mode.value))
+            await self._image.change_record(lambda record: replace(record, mode=mode.value))
+
+    async def release_hold(self, drop_pages: DropPages) -> None:
+        """End the hold: from now on this is a disk like others. Does nothing if it is not held; after an error it still is.
+
+        A read that began before may return what the backing was; no read that begins after the return does.
+
+        Raises:
+            ReadOnly: the leaf cannot be written.
+            BackingError, ImageError, LeafError: see `hold.release`.
+        """
+        async with self._releasing:
+            if not self.held:
+                return
+            if self.read_only:
+                raise ReadOnly(self.name, "is served read-only")
+            self._image.committer.check()
+            try:
+                await release(self._image, self._backing, drop_pages)
+            except QedfsError as error:
+                self.note(error)
+                raise
+            self.held = False
+            self._tell()
 
     async def counts(self) -> Counts:
         """Return the counts of data and zero clusters, promised ones included, once all tables have been seen."""

@@ -17,7 +17,7 @@ import pyfuse3
 import trio
 
 from qedfs.config import DirectIO
-from qedfs.errors import LeafError
+from qedfs.errors import Held, LeafError
 from qedfs.fuse.boundary import answered, failure
 from qedfs.tree.errors import NotPermitted
 from qedfs.tree.tree import ROOT, Status, Tree
@@ -99,8 +99,13 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         # O_SYNC contains O_DSYNC: such a handle is never direct, as its writes would not be followed by FSYNC.
         direct = self._direct and bool(flags & os.O_DIRECT) and not flags & os.O_DSYNC
+        handle, uncached = self._tree.open(inode, flags)
+        if uncached and kernel_version() < _COHERENT_SINCE:
+            # It would not see what others have cached, nor they what it writes, once the disk is no longer held.
+            self._tree.close(handle)
+            raise Held("open", "while a disk is held this kernel (before 6.6) can open it only with O_DIRECT")
         # Nothing but this mount changes a disk, so cached pages stay right over a close.
-        return pyfuse3.FileInfo(fh=self._tree.open(inode, flags), direct_io=direct, keep_cache=True)
+        return pyfuse3.FileInfo(fh=handle, direct_io=direct or uncached, keep_cache=True)
 
     @answered
     async def fsync(self, fh: int, datasync: bool) -> None:

@@ -246,13 +246,15 @@ class Image(Lookup):
 
     # -- the header ----------------------------------------------------------------------------------------------------
 
-    async def set_record(self, record: Record) -> bool:
-        """Store `record` durably; False, and nothing changed, where the header has no room for it."""
-        sector = records.encode(record)
-        if sector is None or not records.fits(self.header):
-            return False
+    async def change_record(self, change: Callable[[Record], Record]) -> bool:
+        """Store durably what `change` makes of the record; False, and nothing changed, where there is no room for it."""
         async with self._header_lock:
+            # As for the header: no other change is undone, and a caller that is cancelled carries it to its end.
             with trio.CancelScope(shield=True):
+                record = change(self.record)
+                sector = records.encode(record)
+                if sector is None or not records.fits(self.header):
+                    return False
                 await self.storage.write(records.offset(self.header), sector)
                 await self.committer.flush()
                 self.record = record

@@ -137,6 +137,7 @@ def _backing_of(image: Image, storage: FileStorage, terms: Terms) -> Backing:
         format=stored or "",
         expected=expected,
         host=_host(reference),
+        changing=image.record.hold,
     )
 
 
@@ -176,7 +177,7 @@ async def _pin(image: Image, pin: Pin) -> list[QedfsError]:
     if image.record.pins == (pin,):
         return []
     try:
-        stored = await image.set_record(image.record.pinned(pin))
+        stored = await image.change_record(lambda record: record.pinned(pin))
     except LeafError as error:
         return [error]
     return [] if stored else [ImageError(image.name, NO_ROOM)]

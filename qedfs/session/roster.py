@@ -15,6 +15,7 @@ import trio
 
 from qedfs.disk.disk import Disk
 from qedfs.errors import QedfsError, UsageError
+from qedfs.fuse.pages import drop_pages
 from qedfs.session.admission import Terms, admitted
 from qedfs.session.sources import FileId, raw_name
 from qedfs.session.streams import Streams
@@ -44,7 +45,9 @@ class Roster:
     """
 
     def __init__(self, terms: Terms, streams: Streams, nursery: trio.Nursery) -> None:
-        self.tree = Tree(root_attributes={"pid": lambda: b"%d" % os.getpid(), "status": self.status})
+        self.tree = Tree(
+            root_attributes={"pid": lambda: b"%d" % os.getpid(), "status": self.status}, drop_pages=drop_pages
+        )
         self.failed = False
         """Whether a leaf could not be closed in good order, or was lost."""
         self._terms = terms

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from qedfs.config import Mode, parse_choice, parse_duration, parse_size
 from qedfs.errors import UsageError
 from qedfs.tree.errors import AttributeAccess, NoSuchAttribute, NotPermitted, NotSupported
-from qedfs.tree.leaf import Leaf
+from qedfs.tree.leaf import DropPages, Leaf
 
 PREFIX = b"user.qedfs."
 _SECTOR = 512
@@ -24,9 +24,13 @@ Reader = Callable[[Leaf], Awaitable[str]]
 
 
 class Caller(NamedTuple):
-    """Who sets an attribute: `privileged` is root, or the user who mounted."""
+    """Who sets an attribute of a file: `privileged` is root, or the user who mounted.
+
+    `drop_pages` empties the kernel's cache of the file.
+    """
 
     privileged: bool
+    drop_pages: DropPages
 
 
 Writer = Callable[[Leaf, str, Caller], Awaitable[None]]
@@ -52,8 +56,14 @@ async def read_attribute(leaf: Leaf, name: bytes) -> bytes:
     return os.fsencode(await attribute.read(leaf))
 
 
-async def write_attribute(leaf: Leaf, name: bytes, value: bytes, uid: int) -> None:
-    """Set the attribute `name` (with its prefix) for the user `uid`.
+async def nothing_cached() -> None:
+    """Drop what the kernel has cached where no kernel is."""
+
+
+async def write_attribute(
+    leaf: Leaf, name: bytes, value: bytes, uid: int, drop_pages: DropPages = nothing_cached
+) -> None:
+    """Set the attribute `name` (with its prefix) for the user `uid`; `drop_pages` empties the kernel's cache of the file.
 
     Raises:
         NotSupported: the name is in a namespace that is not ours to keep (`security.`, `trusted.`, `system.`), or
@@ -68,7 +78,7 @@ async def write_attribute(leaf: Leaf, name: bytes, value: bytes, uid: int) -> No
         raise AttributeAccess(os.fsdecode(name), "can only be read")
     # A shell's `echo 1 | …` and C programs that count the terminating NUL mean the same value.
     text = value.rstrip(b"\0\n").decode("ascii", "backslashreplace")
-    await attribute.write(leaf, text, Caller(uid in (0, os.getuid())))
+    await attribute.write(leaf, text, Caller(uid in (0, os.getuid()), drop_pages))
 
 
 def readable_names() -> list[bytes]:
@@ -153,8 +163,7 @@ async def _hold(leaf: Leaf) -> str:
 async def _release_hold(leaf: Leaf, text: str, caller: Caller) -> None:
     if text != "0":
         raise UsageError("hold", "can only be set to 0")
-    if leaf.disk.held:
-        raise NotSupported("hold", "a held image cannot be released yet")
+    await leaf.disk.release_hold(caller.drop_pages)
 
 
 async def _paused(leaf: Leaf) -> str:

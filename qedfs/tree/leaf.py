@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from qedfs.config import Mode, StreamOptions
+
+DropPages = Callable[[], Awaitable[None]]
 
 
 class Counts(Protocol):
@@ -46,23 +49,8 @@ class Statistics(Protocol):
     def last_error(self) -> str: ...
 
 
-class ServedDisk(Protocol):
-    """What a file needs of its disk; `disk.Disk` is one. Positions, lengths and sizes are in bytes.
-
-    Every method raises only `QedfsError`.
-    """
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def cluster_size(self) -> int: ...
-
-    @property
-    def read_only(self) -> bool: ...
-
-    @property
-    def held(self) -> bool: ...
+class OpenDisk(Protocol):
+    """What an open handle needs of its disk. Positions and lengths are in bytes; only `QedfsError` is raised."""
 
     def read_nowait(self, pos: int, length: int) -> memoryview | None:
         """Local data in one piece, or None. The view is valid only until the next call or await."""
@@ -79,6 +67,22 @@ class ServedDisk(Protocol):
     async def flush(self) -> None:
         """Everything acknowledged is durable when this returns."""
 
+
+class ServedDisk(OpenDisk, Protocol):
+    """What a file needs of its disk; `disk.Disk` is one. Sizes are in bytes; only `QedfsError` is raised."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def cluster_size(self) -> int: ...
+
+    @property
+    def read_only(self) -> bool: ...
+
+    @property
+    def held(self) -> bool: ...
+
     async def grow(self, size: int) -> None:
         """UsageError unless `size` is a multiple of 512 and not below the present one."""
 
@@ -92,6 +96,9 @@ class ServedDisk(Protocol):
 
     def remaining(self) -> int | None:
         """Bytes that are not local; None while that is not known."""
+
+    async def release_hold(self, drop_pages: DropPages) -> None:
+        """End the hold, if there is one; `drop_pages` empties the kernel's cache of this disk."""
 
     async def counts(self) -> Counts: ...
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,8 +19,9 @@ import trio
 
 from qedfs.errors import ReadOnly, UsageError
 from qedfs.tree.attributes import PREFIX, read_attribute, readable_names, refuse_removal, write_attribute
+from qedfs.tree.durable import WriteThrough
 from qedfs.tree.errors import AttributeAccess, Gone, NoSuchAttribute, NoSuchFile, NotPermitted
-from qedfs.tree.leaf import Leaf, ServedDisk
+from qedfs.tree.leaf import Leaf, OpenDisk
 
 ROOT = 1
 """Inode of the directory."""
@@ -52,6 +53,17 @@ class Usage(NamedTuple):
     opened: bool
 
 
+class Opened(NamedTuple):
+    """A handle. Reads and writes through one that is `uncached` must pass by the kernel's cache."""
+
+    handle: int
+    uncached: bool
+
+
+async def _nothing_cached(inode: int) -> None:
+    """What there is to drop where no kernel caches anything."""
+
+
 class _Node:
     """One leaf under an inode, and who holds it."""
 
@@ -77,10 +89,16 @@ class Tree:
     """One directory of leaves.
 
     `root_attributes` are extended attributes of the directory itself, by name without prefix; each is read anew at
-    every request.
+    every request. `drop_pages` makes the kernel forget what it has cached of an inode.
     """
 
-    def __init__(self, *, root_attributes: Mapping[str, Callable[[], bytes]] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        root_attributes: Mapping[str, Callable[[], bytes]] | None = None,
+        drop_pages: Callable[[int], Awaitable[None]] = _nothing_cached,
+    ) -> None:
+        self._drop_pages = drop_pages
         self._root_attributes = {PREFIX + os.fsencode(k): read for k, read in (root_attributes or {}).items()}
         self._uid, self._gid = os.getuid(), os.getgid()
         self._root_time_ns = time.time_ns()
@@ -90,7 +108,7 @@ class Tree:
         self._next_inode = ROOT + 1
         self._handles: dict[int, _Node] = {}
         self._next_handle = 1
-        self.disks: dict[int, ServedDisk] = {}
+        self.disks: dict[int, OpenDisk] = {}
         """The disk behind each open handle: the one look-up of the hot path. To be read only."""
         self._announce, self.removals = trio.open_memory_channel[tuple[bytes, int]](float("inf"))
         """`removals` delivers the name and inode of each leaf that lost its name, for whoever caches names."""
@@ -255,7 +273,7 @@ class Tree:
             self._root_reader(name)
             raise AttributeAccess(os.fsdecode(name), "can only be read")
         with self._using(inode) as leaf:
-            await write_attribute(leaf, name, value, uid)
+            await write_attribute(leaf, name, value, uid, lambda: self._drop_pages(inode))
 
     def remove_attribute(self, inode: int, name: bytes) -> None:
         """Always raises: none can be removed."""
@@ -279,8 +297,12 @@ class Tree:
 
     # --- handles ------------------------------------------------------------------------------------------------
 
-    def open(self, inode: int, flags: int) -> int:
+    def open(self, inode: int, flags: int) -> Opened:
         """Return a handle for `open(2)` with `flags`.
+
+        While a disk is held the kernel may keep nothing of it. O_DIRECT sees to that by itself; other handles must be
+        uncached for their whole life. On those the kernel does not say which writes are to be durable, so all of them
+        are, until the last close.
 
         Raises:
             NotPermitted: O_TRUNC. The kernel would set the size to 0 for everyone and forget dirty pages, whatever
@@ -290,16 +312,18 @@ class Tree:
         node = self._node(inode)
         if flags & os.O_TRUNC:
             raise NotPermitted(node.leaf.name, "a disk cannot be truncated (use conv=notrunc)")
-        if flags & os.O_ACCMODE != os.O_RDONLY:
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if writing:
             _check_writable(node.leaf)
+        uncached = node.leaf.disk.held and not flags & os.O_DIRECT
         handle = self._next_handle
         self._next_handle += 1
         self._handles[handle] = node
-        self.disks[handle] = node.leaf.disk
+        self.disks[handle] = WriteThrough(node.leaf.disk) if uncached and writing else node.leaf.disk
         node.users += 1
         node.handles += 1
         node.opened = True
-        return handle
+        return Opened(handle, uncached)
 
     def close(self, handle: int) -> None:
         """Give up a handle of `open`; one that is not open is ignored."""

@@ -494,3 +494,75 @@ async def test_the_format_is_what_the_source_tells(server: FakeServer) -> None:
     assert backing.format == ""
     await backing.size()
     assert backing.format == "raw"
+
+
+@pytest.fixture
+def changing(server: FakeServer) -> Backing:
+    return Backing(server.open, name="nbd://host/x", changing=True, jitter=lambda: 1.0)
+
+
+async def test_while_the_content_changes_a_new_connection_may_find_anything(
+    server: FakeServer, changing: Backing, autojump_clock: trio.testing.MockClock
+) -> None:
+    await read(changing)
+    server.identity = Identity(64, "etag:2")
+    server.failure = away("reset")
+
+    async def return_again() -> None:
+        await trio.sleep(1)
+        server.failure = None
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(return_again)
+        assert await read(changing, 60) == CONTENT[60:64] + bytes(12)
+    assert await changing.size() == 64
+
+
+async def test_a_source_that_finds_its_changing_content_changed_makes_way_for_a_new_one(
+    server: FakeServer, changing: Backing, autojump_clock: trio.testing.MockClock
+) -> None:
+    await read(changing)
+    server.failures[0] = BackingChanged("fake", "has been changed")
+    async with trio.open_nursery() as nursery:
+
+        async def heal() -> None:
+            await trio.sleep(0.5)
+            server.failures.clear()
+
+        nursery.start_soon(heal)
+        assert await read(changing) == CONTENT[:16]
+    assert len(server.sources) > 2
+
+
+async def test_a_source_that_remembers_serves_one_request_while_the_content_changes(
+    server: FakeServer, changing: Backing
+) -> None:
+    server.at_hand = True
+    for _ in range(2):
+        assert not changing.read_nowait(0, memoryview(bytearray(16)))
+        await read(changing)
+    assert len(server.sources) == 3  # one to stay connected, one for each read
+    assert [source.closed.is_set() for source in server.sources] == [False, True, True]
+    changing.settle(server.identity)
+    await read(changing)
+    assert len(server.sources) == 3
+
+
+async def test_a_settled_content_is_compared_like_any_other(
+    server: FakeServer, changing: Backing, autojump_clock: trio.testing.MockClock
+) -> None:
+    before = await changing.identity()
+    changing.settle(before)
+    server.identity = Identity(len(CONTENT), "etag:2")
+    server.failure = away("reset")
+    with pytest.raises(BackingChanged, match="etag:1 and is etag:2"):
+        await read(changing)
+
+
+async def test_a_connection_that_was_lost_before_the_content_settled_does_not_bring_another_one(
+    server: FakeServer, changing: Backing
+) -> None:
+    await changing.identity()
+    changing.settle(Identity(len(CONTENT), "etag:0"))
+    with pytest.raises(BackingRefused, match="etag:0 and is etag:1"):
+        await read(changing)

@@ -2,10 +2,10 @@
 
     python memory_server.py MOUNTPOINT JSON
 
-JSON: `{"options": "-o text", "fsname": …, "disks": [{"name":, "size":, "mode":, "read_only":}], "user": uid}`. Commands, one a line:
+JSON: `{"options": "-o text", "fsname": …, "disks": [{"name":, "size":, "mode":, "read_only":, "held":}], "user": uid}`. Commands, one a line:
 `journal` (what the disks were asked to do since the last time), `hold NAME` / `release NAME` (reads wait meanwhile), `waiting NAME` (how many do),
 `break NAME` (reads and writes meet a defect), `add NAME`, `remove NAME`, `closed NAME` (answers when the removed leaf is not in
-use any more), `unmount`, `lazy`. Each answers one line of JSON. Ends when it has been unmounted,
+use any more), `fill NAME BYTE` (the content becomes that byte, as by another host), `unmount`, `lazy`. Each answers one line of JSON. Ends when it has been unmounted,
 with a last line `{"ended": journal}`.
 """
 
@@ -23,11 +23,12 @@ from typing import Any, cast
 import trio
 
 from qedfs.config import Mode, parse_mount_options
-from qedfs.errors import LeafFull, QedfsError, ReadOnly, UsageError
+from qedfs.errors import Held, LeafFull, QedfsError, ReadOnly, UsageError
 from qedfs.fuse.busy import find_holders
+from qedfs.fuse.pages import drop_pages
 from qedfs.fuse.serve import serve
 from qedfs.fuse.unmount import unmount
-from qedfs.tree.leaf import Leaf, Stream
+from qedfs.tree.leaf import DropPages, Leaf, Stream
 from qedfs.tree.tree import Tree
 
 LIMIT = 64 << 20
@@ -63,9 +64,11 @@ class MemoryDisk:
     """A disk in memory that notes what it is asked to do. Nothing is ready at once while `gate` is closed."""
 
     cluster_size = 65536
-    held = False
 
-    def __init__(self, name: str, size: int, journal: list[list[Any]], *, read_only: bool = False) -> None:
+    def __init__(
+        self, name: str, size: int, journal: list[list[Any]], *, read_only: bool = False, held: bool = False
+    ) -> None:
+        self.held = held
         self.name = name
         self.content = bytearray(size)
         self.read_only = read_only
@@ -94,6 +97,9 @@ class MemoryDisk:
     def write_nowait(self, pos: int, data: bytes) -> bool:
         if self.broken:
             raise RuntimeError("a defect")
+        if self.held:
+            self.journal.append(["refused", self.name, pos, len(data)])
+            return False
         self.journal.append(["write", self.name, pos, len(data)])
         if pos + len(data) > self.size:
             return False
@@ -101,6 +107,8 @@ class MemoryDisk:
         return True
 
     async def write(self, pos: int, data: bytes) -> None:
+        if self.held:
+            raise Held(self.name, "is held")
         end = pos + len(data)
         if end > LIMIT:
             raise LeafFull(self.name, "no room")
@@ -132,6 +140,11 @@ class MemoryDisk:
     def remaining(self) -> int | None:
         return 0
 
+    async def release_hold(self, drop_pages: DropPages) -> None:
+        await drop_pages()
+        self.journal.append(["dropped", self.name])
+        self.held = False
+
     async def counts(self) -> Counted:
         return Counted(1, 1)
 
@@ -152,12 +165,12 @@ class Server:
         self.journal: list[list[Any]] = []
         self.disks: dict[str, MemoryDisk] = {}
         self.removed: dict[str, Leaf] = {}
-        self.tree = Tree(root_attributes={"pid": lambda: str(os.getpid()).encode()})
+        self.tree = Tree(root_attributes={"pid": lambda: str(os.getpid()).encode()}, drop_pages=drop_pages)
         for disk in setup["disks"]:
             self.add(**disk)
 
-    def add(self, name: str, size: int = 1 << 20, mode: int = 0o600, read_only: bool = False) -> None:
-        self.disks[name] = MemoryDisk(name, size, self.journal, read_only=read_only)
+    def add(self, name: str, size: int = 1 << 20, mode: int = 0o600, **kind: bool) -> None:
+        self.disks[name] = MemoryDisk(name, size, self.journal, **kind)
         path = os.path.abspath(__file__)
         owner = os.getuid(), os.getgid()
         self.tree.add(Leaf(name, self.disks[name], path, mode, *owner, time.time_ns(), NO_STREAM))
@@ -194,6 +207,10 @@ class Server:
             answer("released")
         elif word == "waiting":
             answer(self.disks[name].waiting)
+        elif word == "fill":
+            name, _, byte = name.partition(" ")
+            self.disks[name].content[:] = bytes([int(byte)]) * self.disks[name].size
+            answer("filled")
         elif word == "break":
             self.disks[name].broken = True
             answer("broken")

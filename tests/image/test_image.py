@@ -126,7 +126,7 @@ async def test_an_image_that_is_none_is_refused() -> None:
 async def test_the_record_is_stored_durably_and_survives_the_other_header_changes() -> None:
     storage = await empty_image(SIZE, geometry=G)
     image = await open_image(storage)
-    assert await image.set_record(Record(mode="cow", hold=True))
+    assert await image.change_record(lambda record: replace(record, mode="cow", hold=True))
     assert storage.kinds() == ["write", "flush"]
     await image.begin_allocating()
     await image.aclose()

@@ -26,6 +26,8 @@ class FakeSource(Source):
         self.promises = False
         """Whether blocks of zeros are told as such."""
         self.error: Exception | None = None
+        self.opening: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        """Awaited by whoever connects; may refuse."""
         self.delay: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self._gates: list[tuple[Gate, Callable[[int], bool]]] = []
 
@@ -35,13 +37,16 @@ class FakeSource(Source):
         self._gates.append((gate, where))
         return gate
 
-    def backing(self) -> Backing:
-        """Return the backing over this source that a disk takes."""
+    live = True
+
+    def backing(self, *, changing: bool = False) -> Backing:
+        """Return the backing over this source that a disk takes; that of a held one is still `changing`."""
 
         async def opener() -> Source:
+            await self.opening()
             return self
 
-        return Backing(opener, name=self.name, format="raw")
+        return Backing(opener, name=self.name, format="raw", changing=changing)
 
     async def read_into(self, pos: int, buffer: memoryview) -> None:
         assert pos >= 0

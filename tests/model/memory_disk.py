@@ -64,7 +64,7 @@ async def memory_disk(
     """Serve the image in `storage` over `base`; at the end close it well, unless `close` is False (a crash)."""
     source = base if isinstance(base, FakeSource) else FakeSource(base)
     image = await open_image(storage)
-    backing = source.backing() if image.backing_name else None
+    backing = source.backing(changing=image.record.hold) if image.backing_name else None
     options = DiskOptions(mode=mode, readahead=readahead, backing_timeout=backing_timeout)
     async with open_disk(image, backing, options) as disk:
         yield MemoryDisk(storage, image, source, disk)

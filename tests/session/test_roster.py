@@ -33,6 +33,7 @@ class FakeDisk:
     host = None
     mode = Mode.COR
     populate = None
+    held = False
 
     def __init__(self) -> None:
         self.broken = trio.Event()
@@ -169,7 +170,7 @@ async def test_removed_leaf_is_closed_after_its_last_handle(leaves: Leaves, path
     async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
         roster = Roster(TERMS, streams, nursery)
         await roster.admit(paths[0])
-        handle = roster.tree.open(ROOT + 1, os.O_RDONLY)
+        handle = roster.tree.open(ROOT + 1, os.O_RDONLY).handle
         roster.forget(paths[0])
         await trio.testing.wait_all_tasks_blocked()
         assert (names(roster), roster.served, leaves.closed) == ([], {}, [])

@@ -217,9 +217,15 @@ async def test_the_stream_refines_the_state_of_the_disk() -> None:
     assert await read_attribute(leaf, b"user.qedfs.eta") == b"11"
 
 
-async def test_the_hold_of_an_image_that_is_not_held_may_be_dropped() -> None:
-    await write_attribute(leaf_of("vm.raw", FakeDisk()), b"user.qedfs.hold", b"0", 0)
-    assert await refusal(FakeDisk(held=True), "user.qedfs.hold", b"0") == errno.EOPNOTSUPP
+async def test_releasing_the_hold_drops_what_the_kernel_has_cached() -> None:
+    disk = FakeDisk(held=True)
+
+    async def drop() -> None:
+        disk.calls.append(("drop", disk.held))
+
+    await write_attribute(leaf_of("vm.raw", disk), b"user.qedfs.hold", b"0", 0, drop)
+    assert disk.calls == [("release_hold",), ("drop", True)]
+    assert await value(disk, "hold") == "0"
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,13 @@ def test_a_removed_leaf_stays_usable_until_the_last_close() -> None:
     leaf = leaf_of("vm.raw", FakeDisk())
     tree.add(leaf)
     inode = tree.lookup(ROOT, b"vm.raw").inode
-    first, second = tree.open(inode, os.O_RDWR), tree.open(inode, os.O_RDONLY)
+    first, second = tree.open(inode, os.O_RDWR).handle, tree.open(inode, os.O_RDONLY).handle
     assert tree.remove("vm.raw") is leaf
     assert tree.leaves == []
     assert tree.disks[first] is leaf.disk
     assert tree.status(inode).nlink == 0
     tree.close(first)
-    third = tree.open(inode, os.O_RDONLY)
+    third = tree.open(inode, os.O_RDONLY).handle
     tree.close(second)
     tree.close(third)
     with pytest.raises(Gone):
@@ -118,7 +118,7 @@ async def test_wait_closed_waits_for_handles_and_for_requests_under_way(autojump
     leaf = leaf_of("vm.raw", disk)
     tree.add(leaf)
     inode = tree.lookup(ROOT, b"vm.raw").inode
-    handle = tree.open(inode, os.O_RDWR)
+    handle = tree.open(inode, os.O_RDWR).handle
     disk.counting = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(tree.read_attribute, inode, b"user.qedfs.progress")
@@ -234,3 +234,42 @@ async def test_an_error_of_the_disk_passes_unchanged() -> None:
     disk.failure = QedfsError("vm", "a test")
     with pytest.raises(QedfsError, match="a test"):
         await tree.read_attribute(tree.lookup(ROOT, b"vm.raw").inode, b"user.qedfs.progress")
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY, os.O_RDWR | os.O_DSYNC])
+@pytest.mark.parametrize("direct", [0, os.O_DIRECT])
+def test_what_is_opened_while_held_caches_nothing(held: bool, flags: int, direct: int) -> None:
+    tree = Tree()
+    tree.add(leaf_of("vm.raw", FakeDisk(held=held)))
+    opened = tree.open(tree.lookup(ROOT, b"vm.raw").inode, flags | direct)
+    assert opened.uncached == (held and not direct)
+
+
+async def test_writes_through_an_uncached_handle_are_flushed_for_as_long_as_it_lives() -> None:
+    tree = Tree()
+    disk = FakeDisk(held=True)
+    tree.add(leaf_of("vm.raw", disk))
+    inode = tree.lookup(ROOT, b"vm.raw").inode
+    uncached, direct = tree.open(inode, os.O_RDWR), tree.open(inode, os.O_RDWR | os.O_DIRECT)
+    await tree.write_attribute(inode, b"user.qedfs.hold", b"0", 0)
+    disk.calls.clear()
+    for handle in (uncached.handle, direct.handle, tree.open(inode, os.O_RDWR).handle):
+        through = tree.disks[handle]
+        if not through.write_nowait(0, b"x"):
+            await through.write(0, b"x")
+    assert disk.calls == [("write", 0, b"x"), ("flush",), ("write", 0, b"x"), ("write", 0, b"x")]
+
+
+async def test_the_pages_of_the_inode_that_is_released_are_dropped() -> None:
+    dropped: list[int] = []
+
+    async def drop(inode: int) -> None:
+        dropped.append(inode)
+
+    tree = Tree(drop_pages=drop)
+    for name in ("a.raw", "b.raw"):
+        tree.add(leaf_of(name, FakeDisk(held=True)))
+    inode = tree.lookup(ROOT, b"b.raw").inode
+    await tree.write_attribute(inode, b"user.qedfs.hold", b"0", 0)
+    assert dropped == [inode]

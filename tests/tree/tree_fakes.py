@@ -9,7 +9,7 @@ import trio
 
 from qedfs.config import Mode, StreamOptions
 from qedfs.errors import Held, QedfsError, UsageError
-from qedfs.tree.leaf import Leaf
+from qedfs.tree.leaf import DropPages, Leaf
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class FakeDisk:
 
     def remaining(self) -> int | None:
         return self.size
+
+    async def release_hold(self, drop_pages: DropPages) -> None:
+        self.calls.append(("release_hold",))
+        await drop_pages()
+        self.held = False
 
     async def counts(self) -> FakeCounts:
         await self.counting.wait()
