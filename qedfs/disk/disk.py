@@ -19,18 +19,18 @@ from qedfs.config import DiskOptions, Mode, parse_choice
 from qedfs.disk import completion, growth
 from qedfs.disk.claims import Claims
 from qedfs.disk.copies import Copies
-from qedfs.disk.fetches import MAX_FETCH, Fetch, Fetches
+from qedfs.disk.fetches import MAX_FETCH, Fetches
 from qedfs.disk.hold import DropPages, release
 from qedfs.disk.misses import Misses
 from qedfs.disk.populate import Populate
-from qedfs.disk.readahead import Readahead
+from qedfs.disk.reads import Reads, timed_out
 from qedfs.disk.telling import DiskStatistics, Errors
 from qedfs.disk.upkeep import commit_by_age
 from qedfs.disk.writes import Writes
-from qedfs.errors import BackingUnavailable, CorruptEntry, Held, LeafError, QedfsError, ReadOnly, UsageError, first_of
+from qedfs.errors import Held, LeafError, QedfsError, ReadOnly, UsageError
 from qedfs.image.geometry import SECTOR
 from qedfs.image.image import Image
-from qedfs.image.tables import Counts, Run, State
+from qedfs.image.tables import Counts, State
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Disk:
         self._retired: Backing | None = None
         """The backing of the time before the image stood alone, for what was read from it."""
         self._news = trio.Event()
-        self._readahead = Readahead(options.readahead // self.cluster_size)
+        self._reads = Reads(image, self._copies, self.misses, options, nursery, backing, self._fetches)
         self._errors = Errors(log)
         self.note = self._errors.note
         """Show an error as the newest one, and say it in the log if it is news."""
@@ -106,92 +106,10 @@ class Disk:
         if length <= 0:
             return b""
         try:
-            return await self._read(pos, length)
+            return await self._reads.read(pos, length, lambda: self.copying)
         except QedfsError as error:
             self.note(error)
             raise
-
-    async def _read(self, pos: int, length: int) -> bytes | bytearray | memoryview:
-        run = await self._image.run(pos, length)
-        if run.length == length:
-            return await self._read_run(run)
-        result = bytearray(length)
-        view = memoryview(result)
-        try:
-            async with trio.open_nursery() as nursery:
-                at = pos
-                while True:
-                    if run.state is not State.ZERO:
-                        nursery.start_soon(self._read_piece, run, view[at - pos : at - pos + run.length])
-                    at += run.length
-                    if at >= pos + length:
-                        break
-                    run = await self._image.run(at, pos + length - at)
-        except BaseExceptionGroup as group:
-            raise first_of(group) from None
-        return result
-
-    async def _read_piece(self, run: Run, into: memoryview) -> None:
-        into[:] = await self._read_run(run)
-
-    async def _read_run(self, run: Run) -> bytes | bytearray | memoryview:
-        if run.state is State.DATA:
-            return await self._image.storage.read(run.offset, run.length)
-        if run.state is State.ZERO or self._backing is None:
-            return bytes(run.length)
-        with trio.move_on_after(self._options.backing_timeout or float("inf")):
-            # Asked once: mode and hold may change, and a rest may end, while the bytes are on their way.
-            copying = self.copying
-            if copying and self.cluster_size <= MAX_FETCH:
-                return await self._read_fetched(run)
-            data = bytearray(run.length)
-            backing = self._backing
-            if not backing.read_nowait(run.pos, memoryview(data)):
-                with self.misses.wait(run.pos, run.length):
-                    await backing.read_into(run.pos, memoryview(data))
-            if copying and self._backing is not None:
-                for cluster in range(run.pos >> self._shift, (run.pos + run.length - 1 >> self._shift) + 1):
-                    self._nursery.start_soon(self._copies.copy_large, cluster, self._backing)
-            return data
-        raise self._timed_out()
-
-    async def _read_fetched(self, run: Run) -> bytes | bytearray | memoryview:
-        assert self._fetches is not None
-        first, end = run.pos >> self._shift, (run.pos + run.length + self.cluster_size - 1) >> self._shift
-        fetches = self._fetches.join(first, end, self.size, copy=True)
-        self._widen(first, end)
-        with self.misses.wait(run.pos, run.length):
-            buffers = await self._fetches.wait(fetches)
-        pieces = [self._inside(fetch, data, run) for fetch, data in zip(fetches, buffers, strict=True)]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _inside(self, fetch: Fetch, data: memoryview, run: Run) -> memoryview:
-        base = fetch.first << self._shift
-        return data[max(0, run.pos - base) : run.pos + run.length - base]
-
-    def _widen(self, first: int, end: int) -> None:
-        # Only what is known to be missing without asking the disk: a table that is not in memory ends it.
-        assert self._fetches is not None
-        start, stop = self._readahead.observe(first, end)
-        stop = min(stop, self._image.geometry.clusters(self.size))
-        while start < stop:
-            try:
-                run = self._image.run_nowait(start << self._shift, (stop - start) << self._shift)
-            except CorruptEntry:
-                return  # nobody asked for that cluster yet
-            if run is None:
-                return
-            run_end = start + (run.length >> self._shift)
-            if run.state is State.BACKING and not self._fetches.widen(start, run_end, self.size):
-                return
-            start = run_end
-
-    def _timed_out(self) -> BackingUnavailable:
-        assert self._backing is not None
-        why = self._backing.statistics().last_error or "no answer"
-        return BackingUnavailable(
-            self._backing.name, f"unreachable for {self._options.backing_timeout:g} s, given up for this read ({why})"
-        )
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -288,7 +206,8 @@ class Disk:
         try:
             await populate.prefetch(pos >> self._shift, self._image.geometry.clusters(pos + length))
         except QedfsError as error:
-            self.note(error)
+            if self._populate is not None:  # else the image stands alone meanwhile, and the backing is closed
+                self.note(error)
 
     # -- streaming -----------------------------------------------------------------------------------------------------
 
@@ -368,7 +287,7 @@ class Disk:
                     async with self._claims.hold(cluster, cluster + 1):
                         pass
             if patience.cancelled_caught:
-                raise self._timed_out()
+                raise timed_out(self._backing, self._options)
             return self.size - pos if self._populate is None else await self._populate.local_bytes(pos)
         except QedfsError as error:
             self.note(error)
@@ -393,6 +312,7 @@ class Disk:
         # No await since the header was written: nobody is sent to the backing any more.
         self._retired = backing
         self._backing = self._fetches = self._populate = None
+        self._reads.stand_alone()
         self._writes.stand_alone()
         log.info("%s: complete, stands alone", self.name)
         self._tell()
