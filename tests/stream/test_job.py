@@ -263,20 +263,23 @@ async def test_a_damaged_place_of_the_backing_does_not_hold_up_the_rest(
 async def test_many_disks_share_the_turns_at_one_backing(autojump_clock: trio.testing.MockClock) -> None:
     flow, budget = Flow(4 << 20), Budget(8 << 20)
     machine = Machine(Idle.ALWAYS, QuietMachine())  # type: ignore[arg-type]
-    ends: dict[int, float] = {}
+    took: dict[int, float] = {}
+    begin = trio.Event()
 
-    async def one(number: int) -> None:
+    async def one(number: int, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         leaf = await empty_image(SIZE, geometry=GEOMETRY)
         async with memory_disk(leaf, slow(FakeSource(BASE), 0.05), mode=Mode.STREAM) as memory:
             job = Job(memory.disk, StreamOptions(idle=Idle.ALWAYS), flow=flow, budget=budget, machine=machine)
+            task_status.started()
+            await begin.wait()
+            began = trio.current_time()
             await job.run()
-            ends[number] = trio.current_time()
+            took[number] = trio.current_time() - began
         assert judge(leaf.content, b"").content == BASE
 
-    began = trio.current_time()
     async with trio.open_nursery() as nursery:
         for number in range(10):
-            nursery.start_soon(one, number)
-    took = [end - began for end in ends.values()]
+            await nursery.start(one, number)
+        begin.set()
     assert len(took) == 10
-    assert max(took) < 2 * min(took), "none is served at the cost of another"
+    assert max(took.values()) < 2 * min(took.values()), "none is served at the cost of another"
