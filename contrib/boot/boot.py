@@ -16,7 +16,7 @@ from contrib.boot.guest import DISK_BYTES, BootError, Guest, run
 from contrib.boot.hypervisors import Disk, Drive, run_guest
 from contrib.boot.server import serving
 
-MODES = ("cow", "cor")
+MODES = ("cow", "cor", "stream")
 QEDFS = (sys.executable, "-m", "qedfs")
 
 
@@ -79,14 +79,14 @@ def boot(guest: Guest, options: Options, folder: Path) -> Report:
 
 @contextmanager
 def through_qedfs(leaf: Path, url: str, mode: str, report: Report) -> Iterator[Disk]:
-    """Make `leaf` over the export at `url`, mount it beside itself, and unmount it after use."""
+    """Make `leaf` over the export at `url`, mount it beside itself (a leaf that streams does so all the while), and unmount it after use."""
     mountpoint, log = leaf.with_name("mnt"), leaf.with_name("mount.log")
     mountpoint.mkdir()
     with report.timed("create"):
         run(*QEDFS, "create", "--mode", mode, "-b", url, "-F", "raw", leaf)
     try:
         with report.timed("mount"):
-            run(*QEDFS, "mount", "--log-file", log, leaf, mountpoint)
+            run(*QEDFS, "mount", "-o", "idle=always", "--log-file", log, leaf, mountpoint)
         disk = mountpoint / "vm.raw"
         yield Disk(disk, "raw")
         report.backing_bytes_read = int(os.getxattr(disk, "user.qedfs.backing_bytes_read"))
