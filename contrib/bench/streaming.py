@@ -189,6 +189,27 @@ def latency(served: Served, ended: Callable[[], bool]) -> float:
     return statistics.quantiles(taken, n=100)[-1]
 
 
+def rare_flush(bench: Bench) -> Figure:
+    """A sector written and flushed every half second while streaming without a link: mean milliseconds."""
+    taken = []
+    with mounted(fresh_leaf(bench.leaf, bench.local("nbd", "full.raw"))) as served, mmap.mmap(-1, PAGE) as buffer:
+        fd = os.open(served.file, os.O_RDWR | os.O_DIRECT)
+        try:
+            os.pwritev(fd, [buffer], 0)
+            os.fdatasync(fd)
+            served.set("mode", "stream")
+            while served.get("state") != "complete":
+                time.sleep(0.5)
+                start = time.perf_counter()
+                os.pwritev(fd, [buffer], 0)
+                os.fdatasync(fd)
+                taken.append(time.perf_counter() - start)
+        finally:
+            os.close(fd)
+    mean = statistics.mean(taken) * 1e3
+    return Figure(f"{mean:.0f} ms, mean of {len(taken)}; most {max(taken) * 1e3:.0f} ms", mean)
+
+
 def demand_miss(bench: Bench) -> Figure:
     """Mean wait of a miss while streaming at full speed at 20 ms, in round trips."""
     round_trip, waits = 0.02, []
@@ -287,6 +308,7 @@ JOBS: dict[str, tuple[Job, Aim]] = {
     "sparse base: bytes of holes": (sparse_bytes, Aim(0.01, most=True)),
     "local 4K reads while streaming, 1 Gbit/s, 20 ms: p99": (local_latency(0.02), Aim(3, most=True)),
     "local 4K reads while streaming, no link: p99": (local_latency(None), Aim(3, most=True)),
+    "a flush each half second while streaming, no link: ms": (rare_flush, Aim(100, most=True)),
     "miss while streaming, 20 ms": (demand_miss, Aim(2, most=True)),
     "boot with a profile, 20 ms": (boot_profile, Aim(0.5, most=True)),
     "cold sequential read through the mount, NBD, 20 ms": (sequential("nbd"), Aim(0.8)),
