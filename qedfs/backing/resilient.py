@@ -108,8 +108,7 @@ class Backing:
         self._extended_at = -float("inf")
         self._successes = 0
         self._bytes_read = 0
-        self.epoch = 0
-        """Changes with every connection and reset. What the backing promised about zeros holds for one epoch only."""
+        self._epoch = 0
         self._last_error = ""
         self._last_error_time: float | None = None
         self.failure: QedfsError | None = None
@@ -119,6 +118,11 @@ class Backing:
     def format(self) -> str:
         """What the backing is read as: `raw`, `qed`; empty while that is not known."""
         return self._format
+
+    @property
+    def epoch(self) -> object:
+        """Another one with every connection and reset. What the backing promised about zeros holds for one epoch only."""
+        return self._epoch, None if self._source is None else self._source.epoch
 
     async def read_into(self, pos: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `pos`; bytes past the end of the backing are zeros.
@@ -192,7 +196,7 @@ class Backing:
     async def reset(self, expected: Identity | None = None) -> None:
         """Forget the connection and a final error; the next request connects anew and finds `expected`, or anything."""
         self._generation += 1
-        self.epoch += 1
+        self._epoch += 1
         self._refused = None
         self._expected = expected
         self._state = BackingState.IDLE
@@ -319,7 +323,7 @@ class Backing:
                 await close(source)
                 raise
             self._source, self._owing_since = source, None
-            self.epoch += 1
+            self._epoch += 1
             self._format = source.format
             self._state = BackingState.HEALTHY
         except BackingUnavailable as error:

@@ -187,6 +187,12 @@ async def test_the_identity_is_the_same_at_the_next_opening(source: Source, samp
     assert again.identity == source.identity
 
 
+async def test_it_tells_its_content_unless_any_layer_tells_only_its_size(
+    source: Source, request: pytest.FixtureRequest
+) -> None:
+    assert source.tells_content == ("nbd" not in request.node.callspec.id)
+
+
 async def test_all_of_it_reads_as_its_content(source: Source, sample: Sample) -> None:
     assert await read(source, 0, source.size) == sample.content
 
