@@ -163,6 +163,8 @@ class Copies:
             return True
         self._stop()
         why = f"copying stopped: {self._room.reserve} bytes of its file system are kept for the guest (reserve)"
+        if self._room.used_up:
+            why = "copying stopped: all the room that it was given is taken"
         self._note(LeafFull(self._image.name, why))
         return False
 

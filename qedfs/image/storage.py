@@ -45,10 +45,14 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 class Space(NamedTuple):
-    """Room on a file system, in bytes: all there is, and what an ordinary user may still take."""
+    """Room on a file system, in bytes: all there is, and what an ordinary user may still take.
+
+    `allowed` is how much the file may still grow, where somebody has set it a limit.
+    """
 
     total: int
     free: int
+    allowed: int | None = None
 
 
 class Storage(ABC):
