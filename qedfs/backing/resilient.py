@@ -6,6 +6,8 @@ Rules it lives by:
   as that answers others, else on a new one from the opener. The caller ends the waiting by cancelling.
 - One connection attempt at a time, whoever asked first makes it; if that caller leaves, the next one takes over. Pauses
   between attempts grow and are shared, so that a hundred waiting reads are not a hundred knocks on the door.
+- A server that wants to be left alone for a while (`retry_after`) is, by the request that was told so, and by all when the
+  connection is made anew.
 - A source that owes an answer for `stall` seconds and gives none at all is taken for dead, even if every caller so far
   has run out of patience earlier.
 - A final error is latched until `reset`. A corrupt entry of a QED backing is final for its bytes only.
@@ -256,7 +258,7 @@ class Backing:
                     # Perhaps only this request fails (a bad sector): the source is not taken from the others for that.
                     successes = self._successes
                     self._note(error, BackingState.UNAVAILABLE)
-                    await self._pause(self._pause_after(failures))
+                    await self._pause(max(self._pause_after(failures), error.retry_after))
                 else:
                     self._failed(error)
                     await self._drop()
@@ -381,7 +383,8 @@ class Backing:
     def _failed(self, error: QedfsError) -> None:
         self.failure = error
         self._failures += 1
-        self._not_before = trio.current_time() + self._pause_after(self._failures)
+        wished = error.retry_after if isinstance(error, BackingUnavailable) else 0.0
+        self._not_before = trio.current_time() + max(self._pause_after(self._failures), wished)
         self._note(error, BackingState.UNAVAILABLE)
 
     def _refuse(self, error: QedfsError) -> None:
