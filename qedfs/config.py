@@ -179,8 +179,8 @@ class MountOptions:
     allow_backing: tuple[str, ...] = ()
     secret: bytes | None = field(default=None, repr=False)
     """The passphrase of encrypted backings."""
-    connections: int = 4
-    """Per backing; more than a server allows are not opened. Four fill a long link without tuned TCP buffers."""
+    connections: int | None = None
+    """Per backing; None: what is usual with its transport."""
     unmount_grace: float | None = None
     """Unmount when all images are complete and closed, one that nobody has opened so many seconds after it came; None: never."""
     shared_cache: str = ""
