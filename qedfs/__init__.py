@@ -3,6 +3,7 @@
 A folder is a layer; imports point down only:
 
     cli/       one file per command; no logic
+    migrate/   moving a running machine here: QMP, the sequence, the way back
     session    composition root: builds the layers, start order and reverse stop order
     fuse/      the only folder that imports pyfuse3: handlers, error boundary, how the loop waits
     tree/      names, inodes, attributes, extended attributes, open handles

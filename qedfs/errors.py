@@ -102,11 +102,7 @@ class BackingError(QedfsError):
 
 
 class BackingUnavailable(BackingError):
-    """May pass: the backing does not answer now. Worth another try, after `retry_after` seconds if the server asked for that."""
-
-    def __init__(self, what: str, why: str, *, retry_after: float = 0.0) -> None:
-        super().__init__(what, why)
-        self.retry_after = retry_after
+    """May pass: the backing does not answer now. Worth another try."""
 
 
 class BackingLocked(BackingUnavailable):
@@ -143,6 +139,18 @@ class WaitedTooLong(QedfsError):
     """What was waited for did not come in the time given; exits as timeout(1)."""
 
     exit_code = 124
+
+
+class MonitorLost(QedfsError):
+    """A QEMU is not to be reached, or not any more; what it was told last may be done or not."""
+
+
+class MonitorRefused(QedfsError):
+    """A QEMU does not do what it was told, and says why."""
+
+
+class MigrationFailed(QedfsError):
+    """A machine was not moved, or cannot be left alone after the move; says what became of both sides."""
 
 
 class Interrupted(QedfsError):

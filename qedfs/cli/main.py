@@ -32,6 +32,7 @@ COMMANDS = {
     "check": "Look for inconsistencies, and repair them.",
     "rebase": "Change the reference to the backing.",
     "serve": "Serve an image read-only by NBD.",
+    "migrate": "Move a running machine to this host, its disk afterwards.",
     "demo": "Show the main job end to end.",
 }
 """Name and summary of each command, in the order in which a new user meets them."""

@@ -42,8 +42,6 @@ MAX_IN_FLIGHT = 64
 so that sending never blocks."""
 _BURST = 8
 """Receptions in a row before the driver lets other tasks run, should the server be faster than we are."""
-_BURST_BYTES = 128 << 10
-"""The same in bytes: some 40 µs, for which a guest's request may have to wait."""
 
 
 async def connect(address: NbdAddress, *, credentials: bool = True) -> Connection:
@@ -293,11 +291,10 @@ class Connection:
 
     def _receive(self, mine: Request) -> None:
         """Take what has arrived, until it is all or `mine` is complete."""
-        left = _BURST_BYTES
         for _ in range(_BURST):
-            if self._failure is not None or not left:
+            if self._failure is not None:
                 return
-            place = self._machine.place()[:left]
+            place = self._machine.place()
             try:
                 count = self._socket.recv_into(place)
             except BlockingIOError:
@@ -306,7 +303,6 @@ class Connection:
                 raise NbdDisconnected(SERVER, f"the connection was lost ({error.strerror})") from error
             if not count:
                 raise NbdDisconnected(SERVER, "closed the connection")
-            left -= count
             self._heard = trio.current_time()
             for request in self._machine.received(count):
                 self._wake(request)

@@ -51,6 +51,15 @@ class Screen:
                 self._said[image.path] = line
                 self._console.out(line, highlight=False)
 
+    def note(self, text: str) -> None:
+        """Show a passing `text` until there is more to show; where there is no terminal, nothing."""
+        if self._live is not None:
+            self._live.update(Text(printable(text)))
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self._console.out(printable(line), highlight=False)
+
 
 @contextmanager
 def opened(console: Console, *, whole_screen: bool = False) -> Iterator[Screen]:
