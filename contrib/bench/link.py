@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -229,6 +230,15 @@ class Carrying:
     def change(self, rate: float, round_trip: float) -> None:
         """Be another link from now on."""
         self._say(f"{rate} {round_trip}")
+
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """Carry nothing while inside. Nobody is told: what was sent arrives later."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def _say(self, line: str) -> int:
         assert self._process.stdin

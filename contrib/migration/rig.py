@@ -1,0 +1,144 @@
+"""Two QEMUs, a link between them, and `qedfs migrate`: what a round of migrations is made of."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from contrib.bench.link import Carrying, link
+from contrib.boot.guest import Guest, run
+from contrib.migration import records
+from contrib.migration.guest import PATIENCE, Machine, machine, make_initramfs
+
+SLOTS = 16384
+"""Of 4 KiB: a disk of 64 MiB."""
+RATE, ROUND_TRIP = 60e6, 0.001
+"""Of the link to the disk, in bytes per second and seconds. That of the memory has no rate: QEMU would measure the queue in front
+of it, and stop the guest too early."""
+QEDFS = (sys.executable, "-m", "qedfs")
+
+
+class Rig:
+    """A guest that runs in the source QEMU, which exports its disk through a link. Made by `rig`."""
+
+    def __init__(self, guest: Guest, folder: Path, seed: int, source: Machine, initramfs: Path, disk: Carrying) -> None:
+        self.source = source
+        self.folder = folder
+        self.seed = seed
+        self.disk_link = disk
+        self.leaf = folder / "vm.qed"
+        self.mountpoint = folder / "mnt"
+        self.raw = self.mountpoint / "vm.raw"
+        self._guest = guest
+        self._initramfs = initramfs
+        self.exporting = False
+
+    def export(self) -> None:
+        """Have the source export its disk."""
+        address = {"type": "unix", "data": {"path": str(self.folder / "nbd.sock")}}
+        self.source.tell("nbd-server-start", {"addr": address, "max-connections": 0})
+        self.source.tell("block-export-add", {"type": "nbd", "id": "disk", "node-name": "disk", "name": "disk"})
+        self.exporting = True
+
+    def stop_export(self) -> None:
+        """End it, and its connections, as if its server had died."""
+        self.source.tell("nbd-server-stop")
+        self.exporting = False
+
+    def server_pid(self) -> int:
+        """Return the process that serves the mount."""
+        return int(os.getxattr(self.mountpoint, "user.qedfs.pid"))
+
+    @contextmanager
+    def destination(self) -> Iterator[Machine]:
+        """Have the QEMU that waits for the guest."""
+        more = ("-incoming", "defer")
+        with machine(self._guest, self._initramfs, self.raw, self.seed, "destination", *more) as waiting:
+            yield waiting
+
+    def read_disk(self, source: Path) -> Path:
+        """Return the disk of the QED image `source` as a raw file, read by QEMU."""
+        raw = self.folder / "after.raw"
+        run("qemu-img", "convert", "-f", "qed", "-O", "raw", source, raw)
+        return raw
+
+
+@contextmanager
+def rig(guest: Guest, folder: Path, seed: int) -> Iterator[Rig]:
+    """Have a guest that writes records, and whose disk is exported."""
+    disk, mountpoint = folder / "source.raw", folder / "mnt"
+    mountpoint.mkdir()
+    records.make_disk(disk, seed, SLOTS)
+    initramfs = make_initramfs(guest, folder)
+    with (
+        link(str(folder / "nbd.sock"), RATE, ROUND_TRIP) as disk_link,
+        machine(guest, initramfs, disk, seed, "source") as source,
+    ):
+        made = Rig(guest, folder, seed, source, initramfs, disk_link)
+        made.export()
+        try:
+            yield made
+        finally:
+            subprocess.run(["umount", "-l", mountpoint], check=False, capture_output=True)
+
+
+class Moving:
+    """A `qedfs migrate` that runs. `lines` are what it has said so far."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.lines: list[str] = []
+
+    def says(self, start: str) -> bool:
+        """Read on until a line begins with `start`; return False when it ends before."""
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith(start):
+                return True
+        return False
+
+    def end(self) -> tuple[int, str]:
+        """Return its exit status and the last line that it says."""
+        self.says("\0")
+        return self._process.wait(PATIENCE), self.lines[-1] if self.lines else ""
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self._process.send_signal(signal.SIGINT)
+
+    def stand_still(self) -> None:
+        """Let it do nothing, so that what happens now happens at this point of the sequence."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def migrating(rig: Rig, memory_link: Carrying, *more: str) -> Iterator[Moving]:
+    """Run `qedfs migrate`; what is left of it at the end of the block is killed."""
+    command = (
+        *(*QEDFS, "migrate", "--source", str(rig.source.qmp), "--destination", str(rig.folder / "destination.qmp")),
+        *("--uri", f"tcp:127.0.0.1:{memory_link.port}", "--listen", f"unix:{rig.folder}/memory.sock"),
+        *("-b", f"nbd://127.0.0.1:{rig.disk_link.port}/disk", "-o", "idle=always", "--stop-export"),
+        *("--log-file", str(rig.folder / "mount.log"), *more, str(rig.leaf), str(rig.mountpoint)),
+    )
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            yield Moving(process)
+        finally:
+            process.kill()
+
+
+@contextmanager
+def memory_link(rig: Rig) -> Iterator[Carrying]:
+    """Have a link to where the destination listens for the memory."""
+    with link(str(rig.folder / "memory.sock"), 0, ROUND_TRIP) as carrying:
+        yield carrying
