@@ -179,10 +179,14 @@ class MountOptions:
     allow_backing: tuple[str, ...] = ()
     secret: bytes | None = field(default=None, repr=False)
     """The passphrase of encrypted backings."""
-    connections: int = 4
-    """Per backing; more than a server allows are not opened. Four fill a long link without tuned TCP buffers."""
+    connections: int | None = None
+    """Per backing; None: what is usual with its transport."""
     unmount_grace: float | None = None
     """Unmount when all images are complete and closed, one that nobody has opened so many seconds after it came; None: never."""
+    shared_cache: str = ""
+    """Folder of the caches that leaves share; empty for none."""
+    shared_cache_size: int = 0
+    """Most bytes of all caches in it together; 0: only the reserve of their file system limits them."""
     direct_io: DirectIO = DirectIO.AUTO
     poll: int = 30
     """Microseconds of adaptive polling for the next request; 0 for none. Longer gains nothing on a busy mount."""
@@ -222,6 +226,12 @@ def _timeout(text: str, what: str) -> float | None:
     return parse_duration(text, what) or None  # 0 waits for ever
 
 
+def _folder(text: str, what: str) -> str:
+    if not text:
+        raise UsageError(what, "needs the path of a folder")
+    return text
+
+
 def _boot_profile(text: str, what: str) -> None:
     if text not in ("auto", "off"):
         raise UsageError(what, "a file is not supported yet")
@@ -235,6 +245,8 @@ _OPTIONS: Mapping[str, _Option] = {
     "allow_backing": _Option("mount", "allow_backing", lambda text, what: (text,)),
     "secret": _Option("mount", "secret", read_secret),
     "connections": _Option("mount", "connections", _between(1, 64)),
+    "shared_cache": _Option("mount", "shared_cache", _folder),
+    "shared_cache_size": _Option("mount", "shared_cache_size", parse_size),
     "direct_io": _Option("mount", "direct_io", _choice(DirectIO)),
     "poll": _Option("mount", "poll", _between(0, 10_000)),
     "mode": _Option("disk", "mode", _choice(Mode)),
@@ -251,7 +263,7 @@ _OPTIONS: Mapping[str, _Option] = {
     "boot_profile": _Option("", "", _boot_profile),
 }
 
-_NOT_YET = ("metrics", "shared_cache")
+_NOT_YET = ("metrics",)
 """Accepting them would promise what nothing does yet."""
 
 # fmt: off

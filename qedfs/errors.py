@@ -102,7 +102,11 @@ class BackingError(QedfsError):
 
 
 class BackingUnavailable(BackingError):
-    """May pass: the backing does not answer now. Worth another try."""
+    """May pass: the backing does not answer now. Worth another try, after `retry_after` seconds if the server asked for that."""
+
+    def __init__(self, what: str, why: str, *, retry_after: float = 0.0) -> None:
+        super().__init__(what, why)
+        self.retry_after = retry_after
 
 
 class BackingLocked(BackingUnavailable):

@@ -56,6 +56,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "pyfuse3": ("qedfs.fuse",),
     "psutil": ("qedfs.stream.sampler",),
     "obstore": ("qedfs.backing.objects",),
+    "urllib3": ("qedfs.backing.http", "qedfs.backing.http_client"),
     "click": ("qedfs.cli",),
     "rich": ("qedfs.cli", "qedfs.report"),
 }

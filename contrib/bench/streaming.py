@@ -153,19 +153,26 @@ def sparse_bytes(bench: Bench) -> Figure:
 
 
 def local_latency(round_trip: float | None) -> Job:
-    """p99 of local 4K reads while streaming (None: without a proxy), as a multiple of that of an idle mount."""
+    """p99 of local 4K reads while streaming (None: without a proxy), as a multiple of that of an idle mount.
+
+    Told with it: p99 while the same disk streams in another mount, which is what the machine's processors make of it.
+    """
 
     def job(bench: Bench) -> Figure:
         with bench.over("nbd", round_trip or 0.0) as (_, name):
             backing = bench.local("nbd", "full.raw") if round_trip is None else name("full.raw")
-            with mounted(fresh_leaf(bench.leaf, backing)) as served:
+            other = bench.folder / "other.qed"
+            with mounted(fresh_leaf(bench.leaf, backing)) as served, mounted(fresh_leaf(other, backing)) as neighbour:
                 served.set("prefetch", f"0 {LOCAL}")
                 rig.until(lambda: int(served.get("allocated_bytes")) >= LOCAL, "the prefetch", 0.05)
                 end = time.monotonic() + IDLE_SECONDS
                 idle = latency(served, lambda: time.monotonic() > end)
+                neighbour.set("mode", "stream")
+                beside = latency(served, lambda: neighbour.get("state") == "complete")
                 served.set("mode", "stream")
                 streaming = latency(served, lambda: served.get("state") == "complete")
-        shown = f"{streaming * 1e6:.0f} µs, idle {idle * 1e6:.0f} µs: {streaming / idle:.1f} times"
+            other.unlink()
+        shown = f"{streaming * 1e6:.0f} µs, idle {idle * 1e6:.0f} µs: {streaming / idle:.1f} times (another mount streams: {beside / idle:.1f})"
         return Figure(shown, streaming / idle)
 
     return job
@@ -187,6 +194,27 @@ def latency(served: Served, ended: Callable[[], bool]) -> float:
         finally:
             os.close(fd)
     return statistics.quantiles(taken, n=100)[-1]
+
+
+def rare_flush(bench: Bench) -> Figure:
+    """A sector written and flushed every half second while streaming without a link: mean milliseconds."""
+    taken = []
+    with mounted(fresh_leaf(bench.leaf, bench.local("nbd", "full.raw"))) as served, mmap.mmap(-1, PAGE) as buffer:
+        fd = os.open(served.file, os.O_RDWR | os.O_DIRECT)
+        try:
+            os.pwritev(fd, [buffer], 0)
+            os.fdatasync(fd)
+            served.set("mode", "stream")
+            while served.get("state") != "complete":
+                time.sleep(0.5)
+                start = time.perf_counter()
+                os.pwritev(fd, [buffer], 0)
+                os.fdatasync(fd)
+                taken.append(time.perf_counter() - start)
+        finally:
+            os.close(fd)
+    mean = statistics.mean(taken) * 1e3
+    return Figure(f"{mean:.0f} ms, mean of {len(taken)}; most {max(taken) * 1e3:.0f} ms", mean)
 
 
 def demand_miss(bench: Bench) -> Figure:
@@ -287,6 +315,7 @@ JOBS: dict[str, tuple[Job, Aim]] = {
     "sparse base: bytes of holes": (sparse_bytes, Aim(0.01, most=True)),
     "local 4K reads while streaming, 1 Gbit/s, 20 ms: p99": (local_latency(0.02), Aim(3, most=True)),
     "local 4K reads while streaming, no link: p99": (local_latency(None), Aim(3, most=True)),
+    "a flush each half second while streaming, no link: ms": (rare_flush, Aim(100, most=True)),
     "miss while streaming, 20 ms": (demand_miss, Aim(2, most=True)),
     "boot with a profile, 20 ms": (boot_profile, Aim(0.5, most=True)),
     "cold sequential read through the mount, NBD, 20 ms": (sequential("nbd"), Aim(0.8)),

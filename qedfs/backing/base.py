@@ -51,6 +51,16 @@ class Source(ABC):
     live: bool = False
     """Whether every read asks for the bytes as they are now; not if a part of the answer is remembered (tables)."""
 
+    @property
+    def tells_content(self) -> bool:
+        """Whether another content would show in `identity`, as far as such a tag can be trusted; not if only sizes tell."""
+        return bool(self.identity.tag)
+
+    @property
+    def epoch(self) -> object:
+        """Another one when earlier answers of `extents` may not hold any more, for a source that connects anew by itself."""
+        return 0
+
     @abstractmethod
     async def read_into(self, pos: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `pos`, all of it or raise.

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from qedfs.backing.base import Source, close
 from qedfs.backing.file import FileSource, Found, open_file
 from qedfs.backing.foreign import Foreign, format_by_magic, known_format, looks_like
+from qedfs.backing.http import open_http
+from qedfs.backing.http_name import HttpLocation
 from qedfs.backing.location import FileLocation, Location, NbdLocation, masked, parse_location
 from qedfs.backing.nbd import open_nbd
 from qedfs.backing.object_name import ObjectLocation
@@ -110,6 +112,8 @@ class _Chain:
             return source, replace(location, path=source.path)
         if isinstance(location, ObjectLocation):
             return await self._open_object(link, location), location
+        if isinstance(location, HttpLocation):
+            return await self._open_http(link, location), location
         return await self._open_nbd(link, location), location
 
     async def _open_file(self, link: _Link, location: FileLocation) -> FileSource:
@@ -147,6 +151,20 @@ class _Chain:
         self._check_new(name, name)
         self.seen.add(name)
         return await open_object(location, signed=rights is Rights.OURS)
+
+    async def _open_http(self, link: _Link, location: HttpLocation) -> Source:
+        name = str(location)
+        rights = self._rights(link, Place.REMOTE, name)
+        self.policy.check_name(name)
+        self._check_new(location.url, name)
+        self.seen.add(location.url)
+        return await open_http(
+            location,
+            credentials=rights is Rights.OURS,
+            # Patterns hold for where a server sends us, too: it may send us to what only this machine can reach.
+            admit=lambda target: self.policy.check_name(str(target)),
+            connections=self.policy.connections,
+        )
 
     def secret_for(self, link: _Link) -> bytes | None:
         """Return the passphrase, which opens only what a person or a trusted image of this machine names."""

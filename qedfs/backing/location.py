@@ -15,12 +15,12 @@ from typing import Any
 from urllib.parse import quote
 
 from qedfs.backing.foreign import FORMATS
+from qedfs.backing.http_name import HttpLocation, is_http, parse_http
 from qedfs.backing.object_name import ObjectLocation, is_object, parse_object
 from qedfs.errors import BackingRefused, UsageError
 from qedfs.nbd.address import NbdAddress, is_nbd, parse_address, without_user
 
 _PROTOCOL = re.compile(r"[^/]*?:")
-_NOT_YET = ("http", "https")
 _MAX_JSON = 4096
 
 
@@ -51,12 +51,17 @@ class NbdLocation:
         return self.address.socket is not None
 
 
-Location = FileLocation | NbdLocation | ObjectLocation
+Location = FileLocation | NbdLocation | HttpLocation | ObjectLocation
 
 
 def host_of(location: Location) -> str | None:
     """Return the name or address of the machine that has the bytes; None if they come over no network."""
-    return location.address.host if isinstance(location, NbdLocation) else None
+    match location:
+        case NbdLocation():
+            return location.address.host
+        case HttpLocation():
+            return location.host
+    return None
 
 
 def parse_location(name: str, image: Location | None) -> Location:
@@ -76,6 +81,8 @@ def parse_location(name: str, image: Location | None) -> Location:
         return _nbd(name, None)
     if is_object(name):
         return parse_object(name, shown)
+    if is_http(name):
+        return parse_http(name, shown)
     path = name
     if protocol := _PROTOCOL.match(name):
         scheme = protocol[0][:-1]
@@ -83,11 +90,9 @@ def parse_location(name: str, image: Location | None) -> Location:
             path = name.removeprefix("file:")
             if path.startswith("//"):
                 raise BackingRefused(shown, "write a path, or file: and a path; URLs of files are not understood")
-        elif scheme.lower() in _NOT_YET:
-            raise BackingRefused(shown, f"{scheme.lower()} is not supported yet")
         else:
             raise BackingRefused(shown, f"the protocol '{scheme}' is unknown; write a file of that name as ./{shown}")
-    elif isinstance(image, ObjectLocation) and not os.path.isabs(path):
+    elif isinstance(image, HttpLocation | ObjectLocation) and not os.path.isabs(path):
         return image.beside(path, shown)
     return _file(path, shown, image)
 
@@ -125,7 +130,7 @@ def _parse_json(name: str) -> Location:
     """Accept those of QEMU's node trees that say no more than a plain name does."""
     refusal = BackingRefused(
         masked(name),
-        "of QEMU's json: names only a plain file or NBD export, in a format, is understood; write it as such",
+        "of QEMU's json: names only a plain file, URL or NBD export, in a format, is understood; write it as such",
     )
     if len(name) > _MAX_JSON:
         raise refusal
@@ -166,6 +171,8 @@ def _protocol_node(tree: dict[str, Any]) -> Location | None:
             return _nbd_node(f"nbd://{host}:{port}/", rest, "")
         case {"driver": "nbd", "server.type": "unix", "server.path": path, **rest}:
             return _nbd_node("nbd+unix:///", rest, "?socket=" + quote(path))
+        case {"driver": "http" | "https" as driver, "url": url, **rest} if not rest and url.startswith(f"{driver}://"):
+            return parse_http(url, "json:{…}")
     return None
 
 

@@ -45,6 +45,8 @@ _BUSY = 8
 _MAX_PIECE = 1024 * 1024
 """Bytes of one READ. A server reads a piece in full before it sends the first byte, and other readers' answers wait
 behind it; a piece this long already hides the cost of a request. The kernel's FUSE requests are no longer either."""
+CONNECTIONS = 4
+"""Where nobody says another number: four fill a long link without tuned TCP buffers."""
 _MAX_STATUS = (1 << 32) - MAX_MINIMUM_BLOCK
 """Bytes of one BLOCK_STATUS: what fits into 32 bits and is a multiple of every minimum block."""
 _MAX_STATUS_ROUNDS = 1024
@@ -55,9 +57,9 @@ T = TypeVar("T")
 
 
 async def open_nbd(
-    address: NbdAddress, *, connections: int = 4, credentials: bool = True, private: bool = False
+    address: NbdAddress, *, connections: int | None = None, credentials: bool = True, private: bool = False
 ) -> NbdSource:
-    """Open the export at `address`, over at most `connections` connections.
+    """Open the export at `address`, over at most `connections` connections (by default `CONNECTIONS`).
 
     With `credentials` a TLS server may be shown the client certificate of the mounter. A `private` server is one of ours
     for us alone: it is connected to once and asked for whole answers, holes included, as it costs nothing on this machine.
@@ -70,7 +72,7 @@ async def open_nbd(
     if private:
         first.want_whole_answers()
         return NbdSource(address, first, 1, credentials)
-    return NbdSource(address, first, connections if first.can_multi_conn else 1, credentials)
+    return NbdSource(address, first, (connections or CONNECTIONS) if first.can_multi_conn else 1, credentials)
 
 
 @dataclass(eq=False)

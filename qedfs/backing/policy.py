@@ -64,14 +64,14 @@ class Policy:
 
     `mounter` is the user who mounts. `allow_backing` are shell patterns over the full name of a backing: the real path
     of a file, the canonical URL of anything else. `forbidden_roots` are folders (real paths) that no backing may lie
-    in: the mountpoint. `connections` is how many connections a remote backing may get. `secret` is the passphrase of
+    in: the mountpoint. `connections` is how many connections a remote backing may get, None for what is usual with its transport. `secret` is the passphrase of
     encrypted ones.
     """
 
     mounter: int = field(default_factory=os.getuid)
     allow_backing: tuple[str, ...] = ()
     forbidden_roots: tuple[str, ...] = ()
-    connections: int = 4
+    connections: int | None = None
     secret: bytes | None = field(default=None, repr=False)
 
     def trusts(self, owner: Owner) -> bool:

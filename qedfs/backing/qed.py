@@ -91,6 +91,11 @@ class QedSource(Source):
         self._usable = header.geometry.usable_length(file.size)
         self._page_bytes = min(PAGE, header.geometry.table_bytes)
 
+    @property
+    def tells_content(self) -> bool:
+        # The tag of a chain is made of what its layers tell, and be it only their sizes.
+        return self._file.tells_content and (self._backing is None or self._backing.tells_content)
+
     async def read_into(self, pos: int, buffer: memoryview) -> None:
         runs: list[Run] = []
         for run in await self.runs(pos, len(buffer)):

@@ -82,6 +82,10 @@ class QemuSource(Source):
         """Of the process that reads the image."""
         return self._process.pid
 
+    @property
+    def tells_content(self) -> bool:
+        return self._layers.file.tells_content and (self._layers.below is None or self._layers.below.tells_content)
+
     async def read_into(self, pos: int, buffer: memoryview) -> None:
         with self._explained(pos):
             await self._disk.read_into(pos, buffer)

@@ -6,6 +6,8 @@ Rules it lives by:
   as that answers others, else on a new one from the opener. The caller ends the waiting by cancelling.
 - One connection attempt at a time, whoever asked first makes it; if that caller leaves, the next one takes over. Pauses
   between attempts grow and are shared, so that a hundred waiting reads are not a hundred knocks on the door.
+- A server that wants to be left alone for a while (`retry_after`) is, by the request that was told so, and by all when the
+  connection is made anew.
 - A source that owes an answer for `stall` seconds and gives none at all is taken for dead, even if every caller so far
   has run out of patience earlier.
 - A final error is latched until `reset`. A corrupt entry of a QED backing is final for its bytes only.
@@ -108,8 +110,7 @@ class Backing:
         self._extended_at = -float("inf")
         self._successes = 0
         self._bytes_read = 0
-        self.epoch = 0
-        """Changes with every connection and reset. What the backing promised about zeros holds for one epoch only."""
+        self._epoch = 0
         self._last_error = ""
         self._last_error_time: float | None = None
         self.failure: QedfsError | None = None
@@ -119,6 +120,11 @@ class Backing:
     def format(self) -> str:
         """What the backing is read as: `raw`, `qed`; empty while that is not known."""
         return self._format
+
+    @property
+    def epoch(self) -> object:
+        """Another one with every connection and reset. What the backing promised about zeros holds for one epoch only."""
+        return self._epoch, None if self._source is None else self._source.epoch
 
     async def read_into(self, pos: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `pos`; bytes past the end of the backing are zeros.
@@ -192,7 +198,7 @@ class Backing:
     async def reset(self, expected: Identity | None = None) -> None:
         """Forget the connection and a final error; the next request connects anew and finds `expected`, or anything."""
         self._generation += 1
-        self.epoch += 1
+        self._epoch += 1
         self._refused = None
         self._expected = expected
         self._state = BackingState.IDLE
@@ -252,7 +258,7 @@ class Backing:
                     # Perhaps only this request fails (a bad sector): the source is not taken from the others for that.
                     successes = self._successes
                     self._note(error, BackingState.UNAVAILABLE)
-                    await self._pause(self._pause_after(failures))
+                    await self._pause(max(self._pause_after(failures), error.retry_after))
                 else:
                     self._failed(error)
                     await self._drop()
@@ -319,7 +325,7 @@ class Backing:
                 await close(source)
                 raise
             self._source, self._owing_since = source, None
-            self.epoch += 1
+            self._epoch += 1
             self._format = source.format
             self._state = BackingState.HEALTHY
         except BackingUnavailable as error:
@@ -377,7 +383,8 @@ class Backing:
     def _failed(self, error: QedfsError) -> None:
         self.failure = error
         self._failures += 1
-        self._not_before = trio.current_time() + self._pause_after(self._failures)
+        wished = error.retry_after if isinstance(error, BackingUnavailable) else 0.0
+        self._not_before = trio.current_time() + max(self._pause_after(self._failures), wished)
         self._note(error, BackingState.UNAVAILABLE)
 
     def _refuse(self, error: QedfsError) -> None:

@@ -16,7 +16,9 @@ from qedfs.session.leaf import NewLeaf, create
 
 
 @click.command("create", short_help="Make a QED image over a backing.")
-@click.option("-b", "--backing", metavar="BACKING", help="Path (relative to LEAF) or nbd:// URL; stored as it is.")
+@click.option(
+    "-b", "--backing", metavar="BACKING", help="Path (relative to LEAF) or URL (nbd, https, s3, …); stored as it is."
+)
 @click.option(
     "-F",
     "--format",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import click
 
@@ -41,6 +42,8 @@ def mount(
     # Absolute before anything else: the background process leaves the working directory.
     log_file = os.path.abspath(log_file) if log_file else None
     absolute = tuple(map(os.path.abspath, sources)), real_mountpoint(mountpoint)
+    if parsed.shared_cache:
+        parsed = replace(parsed, shared_cache=os.path.abspath(parsed.shared_cache))
 
     def serve(ready: Ready) -> int:
         # Imported in the process that needs it, after the fork.

@@ -111,7 +111,7 @@ class Copies:
     async def _write(self, first: int, end: int, data: memoryview) -> None:
         extent = self._image.allocate(end - first)
         # A write that fails leaves the extent leaked: what of it reached the disk is in doubt.
-        await self._image.storage.write(extent.offset, data)
+        await self._image.storage.write_behind(extent.offset, data)
         self._image.link_data(first, end - first, extent.offset)
         self.copied += end - first
 
@@ -126,7 +126,7 @@ class Copies:
             if length:
                 await backing.read_into(start + inside, memoryview(piece)[:length])
             all_zero = all_zero and is_zero(memoryview(piece))
-            await self._image.storage.write(extent.offset + inside, piece)
+            await self._image.storage.write_behind(extent.offset + inside, piece)
         async with self._image.pinned(cluster, cluster + 1):
             if all_zero:
                 self._image.link_zero(cluster, 1)
@@ -163,6 +163,8 @@ class Copies:
             return True
         self._stop()
         why = f"copying stopped: {self._room.reserve} bytes of its file system are kept for the guest (reserve)"
+        if self._room.used_up:
+            why = "copying stopped: all the room that it was given is taken"
         self._note(LeafFull(self._image.name, why))
         return False
 

@@ -36,7 +36,7 @@ class Promises:
         # INVARIANT: both are of one epoch of the backing, `_epoch`; when that is over they say nothing.
         self._known = Ranges()
         self._zeros = Ranges()
-        self._epoch = -1
+        self._epoch: object = None
 
     @property
     def current(self) -> bool:

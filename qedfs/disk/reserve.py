@@ -32,6 +32,8 @@ class Room:
         """Bytes that stay free; 0 before the first look."""
         self.stopped = False
         """No copies until a look finds twice the reserve."""
+        self.used_up = False
+        """At the last look it was not the reserve that kept copies out but the limit that the file was set."""
 
     def take(self, length: int, now: float) -> bool:
         """Count a copy of `length` bytes if it may be made by what is known; False: look, and `observe` what is there."""
@@ -45,9 +47,13 @@ class Room:
         if not self._known:
             self._known = True
             self.reserve = _size(self._wanted, space) if space else 0
-        spare = space.free - self.reserve if space else LOOK_BYTES + length
+        allowed = LOOK_BYTES + length if space is None or space.allowed is None else space.allowed
+        spare = min(space.free - self.reserve, allowed) if space else allowed
+        self.used_up = space is not None and allowed < length and allowed <= space.free - self.reserve
         if self.stopped:
-            self.stopped = space is not None and space.free < max(2 * self.reserve, LEAST_TO_RESUME)
+            self.stopped = space is not None and (
+                space.free < max(2 * self.reserve, LEAST_TO_RESUME) or allowed < LEAST_TO_RESUME
+            )
         elif spare < length:
             self.stopped = True
         self._left = 0 if self.stopped else min(spare, LOOK_BYTES + length)

@@ -21,6 +21,7 @@ import trio
 
 from qedfs.errors import InvalidImage, LeafError, LeafFull, ReadOnly
 from qedfs.image.locks import lock_for_reading, lock_for_writing
+from qedfs.image.writeback import FileWriteback
 
 T = TypeVar("T")
 
@@ -30,6 +31,10 @@ SLOW_WRITE = 0.02
 """Seconds. A write that the page cache does not take within this time is waiting for the disk (throttled writeback, a
 journal commit), and the event loop with it: one such wait is the price of finding out. On a busy machine a few time slices
 may pass during any write, which says nothing about the disk."""
+COPIERS = 2
+"""Calls of `write_behind` under way at once per file: they only take turns at the file's lock, which guest writes need, too."""
+COPY_PIECE = 128 << 10
+"""Bytes that `write_behind` writes at once, and for which the file's lock is held."""
 SLOW_PAUSE = 0.5
 """Seconds for which writes go to threads after a slow one."""
 
@@ -40,10 +45,14 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 class Space(NamedTuple):
-    """Room on a file system, in bytes: all there is, and what an ordinary user may still take."""
+    """Room on a file system, in bytes: all there is, and what an ordinary user may still take.
+
+    `allowed` is how much the file may still grow, where somebody has set it a limit.
+    """
 
     total: int
     free: int
+    allowed: int | None = None
 
 
 class Storage(ABC):
@@ -71,6 +80,10 @@ class Storage(ABC):
     @abstractmethod
     async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data`, growing the file when it passes the end. After an error any part may have been written."""
+
+    async def write_behind(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """As `write`, for bulk that nobody waits for: neither writes nor flushes of others are to wait for it for long."""
+        await self.write(offset, data)
 
     @abstractmethod
     async def truncate(self, length: int) -> None:
@@ -114,6 +127,8 @@ class FileStorage(Storage):
         self.name = name
         self.writable = writable
         self._limiter = trio.CapacityLimiter(THREADS)
+        self._copiers = trio.CapacityLimiter(COPIERS)
+        self._writeback: FileWriteback | None = None
         self._slow_until = 0.0
 
     def length(self) -> int:
@@ -142,6 +157,13 @@ class FileStorage(Storage):
 
     async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         await self._in_thread(self._write_all, offset, memoryview(data))
+
+    async def write_behind(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        if self._writeback is None:
+            self._writeback = FileWriteback(self.fd)
+        await trio.to_thread.run_sync(
+            self._write_behind, self._writeback, offset, memoryview(data), limiter=self._copiers
+        )
 
     async def truncate(self, length: int) -> None:
         def truncate() -> None:
@@ -200,6 +222,8 @@ class FileStorage(Storage):
 
     async def aclose(self) -> None:
         fd, self.fd = self.fd, -1
+        if self._writeback is not None:
+            self._writeback.close()
         if fd >= 0:
             # close(2) may wait for the disk on network file systems.
             with trio.CancelScope(shield=True):
@@ -224,6 +248,11 @@ class FileStorage(Storage):
                 done += os.pwrite(self.fd, data[done:], offset + done)
         except OSError as error:
             raise self._error("cannot be written", error) from error
+
+    def _write_behind(self, writeback: FileWriteback, offset: int, data: memoryview) -> None:
+        for start in range(0, len(data), COPY_PIECE):
+            self._write_all(offset + start, data[start : start + COPY_PIECE])
+        writeback.written(offset, len(data))
 
     def _error(self, what_failed: str, error: OSError) -> LeafError:
         kind = LeafFull if error.errno in _FULL else LeafError

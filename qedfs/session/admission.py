@@ -33,6 +33,7 @@ from qedfs.image.image import Image, open_image
 from qedfs.image.record import Pin, hash_name, short_tag
 from qedfs.image.storage import FileStorage, open_storage
 from qedfs.session.places import is_below
+from qedfs.session.shared_cache import SharedCaches
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +50,15 @@ NO_ROOM = "no room in its header to note what its backing is; a change will go u
 
 @dataclass(frozen=True)
 class Terms:
-    """What holds for all leaves of a mount. `mountpoint` is a real path: no backing may lie below it."""
+    """What holds for all leaves of a mount. `mountpoint` is a real path: no backing may lie below it.
+
+    `caches` are between the leaves and their remote backings, if there shall be any.
+    """
 
     options: MountOptions
     mountpoint: str
     uid: int
+    caches: SharedCaches | None = None
 
     def policy(self) -> Policy:
         return Policy(
@@ -131,6 +136,11 @@ def _backing_of(image: Image, storage: FileStorage, terms: Terms) -> Backing:
     policy = terms.policy()
     # What the user trusts is pinned anew; a held image is on its way from somewhere else and pins nothing.
     expected = None if pin is None or terms.options.trust_backing or image.record.hold else Identity(pin.size, pin.tag)
+    # What a held image reads is still changing, and is nothing to keep.
+    if terms.caches is not None and not image.record.hold:
+        cached = terms.caches.backing(reference, policy, expected)
+        if cached is not None:
+            return cached
     return Backing(
         lambda: open_backing(reference, policy),
         name=masked(image.backing_name),

@@ -1,4 +1,4 @@
-"""The main job end to end, in a temporary folder: an image on an NBD server, a leaf over it, mounted, used and checked.
+"""The main job end to end, in a temporary folder: an image on an NBD server, a leaf over it, mounted, used, streamed, checked.
 
 Everything goes through the commands that a user would type. Whatever ends the demonstration, nothing is left behind.
 """
@@ -11,7 +11,8 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from subprocess import STDOUT
 from urllib.parse import quote
@@ -78,24 +79,36 @@ class _Demo:
         content = bytearray(await trio.to_thread.run_sync(self._make_base))
         base = bytes(content)
         self._say(f"A base image: {size_text(BASE_SIZE)}, the second half of it empty; an NBD server has it.")
-        async with trio.open_nursery() as nursery:
-            source = await open_file(str(self._base))
-            try:
-                listeners = [await open_unix_listener(self._socket)]
-                await nursery.start(lambda task_status: serve(source, listeners, name="base", task_status=task_status))
-                # The server outlives the work: a read that waits in the kernel for the mount, and the mount for the
-                # server, cannot be given up.
-                with self.work:
-                    await self._use(content)
-                    await self._verify(bytes(content))
-                nursery.cancel_scope.cancel()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await source.aclose()
+        with self.work:
+            async with self._serving():
+                await self._use(content)
+            await self._verify(bytes(content))
         if self.work.cancelled_caught:
             raise Interrupted("demo", "interrupted; everything is removed")
         _expect(await trio.to_thread.run_sync(self._base.read_bytes) == base, "the base was changed")
-        self._say("The base image is as it was. That was the main job: nothing was copied before it was needed.")
+        self._say("The base image is as it was. That was the main job: a disk in use at once, and whole later.")
+
+    @asynccontextmanager
+    async def _serving(self) -> AsyncIterator[None]:
+        """Have the base served. That outlives a cancelled use: a read that waits in the kernel cannot be given up."""
+        source = await open_file(str(self._base))
+        # Shielded: the mount would wait for the server, and the read for the mount.
+        scope = trio.CancelScope(shield=True)
+
+        async def run(*, task_status: trio.TaskStatus[list[trio.SocketListener]]) -> None:
+            with scope:
+                await serve(source, [await open_unix_listener(self._socket)], name="base", task_status=task_status)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(run)
+                try:
+                    yield
+                finally:
+                    scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await source.aclose()
 
     def _make_base(self) -> bytes:
         data = self._random.randbytes(BASE_SIZE // 2)
@@ -109,10 +122,13 @@ class _Demo:
         uri = f"nbd+unix:///base?socket={quote(str(self._socket))}"
         await self._command("create", "-b", uri, "-F", "raw", str(self._leaf))
         try:
-            await self._command("mount", str(self._leaf), str(self._mountpoint))
+            await self._command("mount", "-o", "idle=always", str(self._leaf), str(self._mountpoint))
             with trio.fail_after(_STEP_TIME):
                 await self._read_and_write(content)
             await self._command("status", str(self._mountpoint))
+            await self._command("stream", str(self._disk))
+            with trio.fail_after(_STEP_TIME):
+                await self._read_everything(content)
             await self._command("unmount", str(self._mountpoint))
         except trio.TooSlowError as error:
             raise DemoFailed("demo", "the mounted disk does not answer") from error
@@ -133,12 +149,15 @@ class _Demo:
             content[pos : pos + length] = data
             _expect(await trio.to_thread.run_sync(self._pread, pos, length) == data, "a write does not read back")
         self._say("Wrote in three places, with fsync: it reads back.")
+
+    async def _read_everything(self, content: bytearray) -> None:
+        _expect(await self._attribute("state") == "complete", "the disk is not complete after streaming")
         everything = await trio.to_thread.run_sync(self._pread, 0, BASE_SIZE)
         _expect(everything == content, "the whole disk differs from base and writes put together")
-        self._say("Read the whole disk: base and writes, put together byte by byte.")
+        self._say("Read the whole disk: base and writes, put together byte by byte, and all of it local.")
 
     async def _verify(self, content: bytes) -> None:
-        """Check the leaf, and look into it beside the mount: what was read and written is in it."""
+        """Check the leaf, and look into it without mount and server: all is in it."""
         await self._command("check", str(self._leaf))
         source = await open_backing(Reference(str(self._leaf), "qed", str(self._leaf)), Policy())
         try:
@@ -147,7 +166,7 @@ class _Demo:
         finally:
             with trio.CancelScope(shield=True):
                 await source.aclose()
-        _expect(buffer == content, "the leaf does not hold what was read and written")
+        _expect(buffer == content, "the leaf does not hold all that was read and written")
 
     def _pread(self, pos: int, length: int) -> bytes:
         with self._disk.open("rb", buffering=0) as file:

@@ -26,6 +26,7 @@ from qedfs.session.admission import Terms
 from qedfs.session.leaving import unmount_when_complete
 from qedfs.session.places import check_places
 from qedfs.session.roster import Roster
+from qedfs.session.shared_cache import open_shared_caches
 from qedfs.session.streams import open_streams
 from qedfs.session.watch import Folder, open_folder
 from qedfs.tree.tree import Tree
@@ -145,8 +146,12 @@ def _opened(mount: Mount) -> Iterator[_Opened]:
 
 async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending) -> int:
     with _opened(mount) as opened:
-        async with open_streams(mount.options) as streams, trio.open_nursery() as leaves:
-            roster = Roster(Terms(mount.options, mount.mountpoint, os.getuid()), streams, leaves)
+        async with (
+            open_streams(mount.options) as streams,
+            open_shared_caches(mount.options, mount.mountpoint, mount.sources) as caches,
+            trio.open_nursery() as leaves,
+        ):
+            roster = Roster(Terms(mount.options, mount.mountpoint, os.getuid(), caches), streams, leaves)
             try:
                 with ending.starting:
                     await _admit_all(opened, roster)

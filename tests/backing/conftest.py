@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 
 from tests.backing.object_servers import BUCKET, Put, StoreServer, azurite, fake_gcs, moto, s3rver
-from tests.backing.samples import Serve, served_by_nbdkit
+from tests.backing.samples import Serve, random_bytes, served_by_nbdkit
+from tests.backing.scripted_web import ScriptedWeb, scripted_web
+from tests.backing.web_servers import Web, nginx
 
 
 @pytest.fixture
@@ -58,3 +61,32 @@ def put(
         return f"{kind[:2]}://{BUCKET}/{key}"
 
     return put
+
+
+@pytest.fixture(scope="session")
+def _nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    with nginx(tmp_path_factory.mktemp("nginx")) as web:
+        yield web
+
+
+@pytest.fixture
+def web(_nginx: Web, no_habits: None, monkeypatch: pytest.MonkeyPatch) -> Web:
+    """An nginx for all tests of the run, whose certificate is believed; each chooses its own names."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(_nginx.authority))
+    return _nginx
+
+
+@pytest.fixture
+def no_habits(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Proxies, authorities and passwords of whoever runs the tests are not there."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name in ("NETRC", "QEDFS_HTTP_AUTHORIZATION", "SSL_CERT_FILE"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def scripted(no_habits: None) -> Iterator[ScriptedWeb]:
+    """A server of 300,000 bytes that does what it is told."""
+    with scripted_web(random_bytes(300_000, 1)) as server:
+        yield server

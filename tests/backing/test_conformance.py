@@ -28,6 +28,7 @@ from tests.backing.samples import (
     random_bytes,
     run,
 )
+from tests.backing.web_servers import Web
 from tests.nbd.certificates import Authority
 
 
@@ -141,6 +142,34 @@ def _qed_chain_in_s3(folder: Path, put: Put) -> Sample:
     return Sample(lambda: open_backing(Reference(address, None, "/leaf.qed"), anybody), content_by_qemu(top))
 
 
+def _http(folder: Path, web: Web) -> Sample:
+    content = random_bytes(300_001)
+    web.put("http/a b+c.raw", content)
+    return Sample(_named(f"{web.url}/http/a%20b+c.raw"), content)
+
+
+def _https(folder: Path, web: Web) -> Sample:
+    content = random_bytes(300_001)
+    web.put("https/base.raw", content)
+    return Sample(_named(f"{web.secure}/https/base.raw?token=secret"), content)
+
+
+def _qed_chain_over_https(folder: Path, web: Web) -> Sample:
+    # Both lower names are relative: they mean the files beside.
+    top = make_chain(folder)
+    for name in ("base.raw", "middle.qed", top.name):
+        web.put(f"chain/{name}", (folder / name).read_bytes())
+    anybody = Policy(allow_backing=(f"{web.secure}/chain/*",))
+    name = f"{web.secure}/chain/{top.name}"
+    return Sample(lambda: open_backing(Reference(name, None, "/leaf.qed"), anybody), content_by_qemu(top))
+
+
+def _qcow2_over_https(folder: Path, web: Web) -> Sample:
+    raw, image = make_foreign(folder, "qcow2", "-c")
+    web.put("foreign/base.qcow2", image.read_bytes())
+    return Sample(_named(f"{web.secure}/foreign/base.qcow2"), raw.read_bytes())
+
+
 SAMPLES = [
     _file,
     _one_byte,
@@ -155,11 +184,14 @@ SAMPLES = [
     _qcow2_over_raw_over_nbd,
 ]
 OBJECTS = [_s3, _gs, _az, _qed_chain_in_s3]
+WEB = [_http, _https, _qed_chain_over_https, _qcow2_over_https]
+ALL = [*((make, "serve") for make in SAMPLES), *((make, "put") for make in OBJECTS), *((make, "web") for make in WEB)]
 
 
-@pytest.fixture(params=[*SAMPLES, *OBJECTS], ids=[make.__name__.strip("_") for make in [*SAMPLES, *OBJECTS]])
+@pytest.fixture(params=ALL, ids=[make.__name__.strip("_") for make, _ in ALL])
 def sample(request: pytest.FixtureRequest, tmp_path: Path) -> Sample:
-    made: Sample = request.param(tmp_path, request.getfixturevalue("put" if request.param in OBJECTS else "serve"))
+    make, server = request.param
+    made: Sample = make(tmp_path, request.getfixturevalue(server))
     return made
 
 
@@ -185,6 +217,12 @@ async def test_the_identity_is_the_same_at_the_next_opening(source: Source, samp
     again = await sample.open()
     await again.aclose()
     assert again.identity == source.identity
+
+
+async def test_it_tells_its_content_unless_any_layer_tells_only_its_size(
+    source: Source, request: pytest.FixtureRequest
+) -> None:
+    assert source.tells_content == ("nbd" not in request.node.callspec.id)
 
 
 async def test_all_of_it_reads_as_its_content(source: Source, sample: Sample) -> None:

@@ -64,7 +64,8 @@ def test_all_spellings_of_an_export_are_one_name(name: str, canonical: str) -> N
         ("", "backing: the name is empty"),
         ("file:", "file:: the path is empty"),
         ("a\0b", r"a\x00b: the name contains a NUL character"),
-        ("https://host/x?token=secret", "https://host/x?***: https is not supported yet"),
+        ("https://host:x/x?token=secret", "https://host:x/x?***: has no host, and perhaps a port, in ASCII"),
+        ("https://me:secret@host/x", "https://***@host/x: a name holds no user or password"),
         ("S3://bucket/", "S3://bucket/: names no object"),
         ("ssh://me:secret@host/x", "ssh://***@host/x: the protocol 'ssh' is unknown; write a file of that name as ./"),
         ("a:b.raw", "a:b.raw: the protocol 'a' is unknown; write a file of that name as ./a:b.raw"),
@@ -99,6 +100,7 @@ def test_json_names_that_say_no_more_than_a_path(name: str, location: Location) 
     [
         ('json:{"driver":"nbd","server":{"type":"inet","host":"h","port":"1"},"export":"x"}', "nbd://h:1/x", None),
         ('json:{"driver":"nbd","server":{"type":"inet","host":"::1","port":"10809"}}', "nbd://[::1]/", None),
+        ('json:{"driver":"raw","file":{"driver":"https","url":"https://h/x?s"}}', "https://h/x?***", "raw"),
         (
             'json:{"driver":"raw","file":{"driver":"nbd","server.type":"unix","server.path":"/a b","export":"e/p"}}',
             "nbd+unix:///e/p?socket=/a%20b",
@@ -130,7 +132,8 @@ def test_json_names_that_say_no_more_than_an_address(name: str, canonical: str, 
         'json:{"driver":"nbd","server":{"type":"inet","host":"h","port":1}}',
         'json:{"driver":"nbd","server":{"type":"inet","host":"h","port":"1","numeric":"on"}}',
         'json:{"driver":"nbd","server":{"type":"inet","host":"h","port":"1"},"tls-creds":"c"}',
-        'json:{"driver":"https","url":"https://me:secret@host/"}',
+        'json:{"driver":"https","url":"http://host/"}',
+        'json:{"driver":"https","url":"https://host/","sslverify":"off"}',
     ],
 )
 def test_other_json_names_are_refused(name: str) -> None:

@@ -192,6 +192,33 @@ async def test_a_backing_that_returns_is_used_again(
     assert backing.statistics().last_error == "fake: away"
 
 
+async def test_a_server_that_wants_to_be_left_alone_is(
+    server: FakeServer, backing: Backing, autojump_clock: trio.testing.MockClock
+) -> None:
+    server.failure = BackingUnavailable("fake", "busy", retry_after=7)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, backing)
+        await trio.sleep(15)
+        server.failure = None
+    # After 7 seconds the same source was asked, after 14 a new one, and it answered after 21.
+    assert server.opened_at[1] - server.opened_at[0] == pytest.approx(14)
+    assert trio.current_time() - server.opened_at[0] == pytest.approx(21)
+
+
+async def test_only_the_request_that_was_told_to_wait_waits(
+    server: FakeServer, backing: Backing, autojump_clock: trio.testing.MockClock
+) -> None:
+    server.failures[0] = BackingUnavailable("fake", "busy", retry_after=7)
+    start = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, backing)
+        await trio.sleep(1)
+        assert await read(backing, 16) == CONTENT[16:32]
+        assert trio.current_time() - start == pytest.approx(1)
+        server.failures.clear()
+    assert trio.current_time() - start == pytest.approx(7)
+
+
 async def test_after_a_success_pauses_begin_short_again(
     server: FakeServer, backing: Backing, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -86,7 +86,11 @@ REFUSALS = [
     (["-b", "fifo", "leaf.qed"], "neither"),
     (["-b", "base.raw", "-F", "vmdk", "leaf.qed"], "of VMDK only"),
     (["-b", "base.raw", "-F", "qed", "leaf.qed"], "not a QED image"),
-    (["-b", "http://example.org/x", "leaf.qed"], "not supported"),
+    (
+        ["-b", "http://127.0.0.1:1/x?secret", "leaf.qed"],
+        "http://127.0.0.1:1/x?***: cannot connect to the server (Connection refused)",
+    ),
+    (["-b", "http://user:secret@127.0.0.1:1/x", "leaf.qed"], "a name holds no user"),
     (["-b", "nbd://user:secret@127.0.0.1:1/x", "leaf.qed"], ""),
     (["-b", "nbd+unix:///?socket=/no/such", "leaf.qed"], ""),
     (["-b", "", "leaf.qed"], ""),

@@ -29,13 +29,17 @@ def test_the_main_job_is_shown_and_nothing_is_left_behind(tmp_path: Path, enviro
         [*QEDFS, "demo"], env=environment, capture_output=True, text=True, timeout=ENOUGH, check=False
     )
     assert done.returncode == 0, done.stderr
-    for said in ("$ qedfs create", "$ qedfs mount", "it reads back", "$ qedfs unmount", "No errors were found"):
-        assert said in done.stdout
+    at = 0
+    for said in (
+        *("$ qedfs create", "$ qedfs mount", "it reads back", "$ qedfs stream", "100.00 %", "all of it local"),
+        *("$ qedfs unmount", "No errors were found"),
+    ):
+        at = done.stdout.index(said, at)
     assert not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["$ qedfs create", "$ qedfs mount", "Wrote in three places"])
+@pytest.mark.parametrize("moment", ["$ qedfs create", "$ qedfs mount", "Wrote in three places", "$ qedfs stream"])
 def test_a_signal_leaves_nothing_behind(
     tmp_path: Path, environment: dict[str, str], number: signal.Signals, moment: str
 ) -> None:

@@ -77,6 +77,20 @@ def test_without_a_reserve_copies_resume_when_something_is_free() -> None:
     assert room.take(C, 0.0)
 
 
+def test_a_file_with_a_limit_of_its_own_stops_there_and_says_that_it_was_not_the_reserve() -> None:
+    room = Room(Reserve(size=MIB))
+    room.observe(Space(TIB, TIB, allowed=2 * C), C, 0.0)
+    assert (room.take(2 * C, 0.0), room.take(C, 0.0)) == (True, False)
+    room.observe(Space(TIB, TIB, allowed=C - 1), C, 0.0)
+    assert (room.stopped, room.used_up) == (True, True)
+    room.observe(Space(TIB, TIB, allowed=LEAST_TO_RESUME - 1), C, 0.0)
+    assert room.stopped
+    room.observe(Space(TIB, 0, allowed=LEAST_TO_RESUME), C, 0.0)
+    assert (room.stopped, room.used_up) == (True, False)
+    room.observe(Space(TIB, TIB, allowed=LEAST_TO_RESUME), C, 0.0)
+    assert room.take(C, 0.0)
+
+
 def test_a_block_device_has_no_room_to_spare() -> None:
     room = Room(None)
     room.observe(None, GIB, 0.0)

@@ -99,7 +99,7 @@ def test_plain_hosts_are_hosts(host: str) -> None:
         f"nbd://user:a#{PASSWORD}@host/e",
         f"nbd://user:1234@{PASSWORD}@host/e",
         f"https://{PASSWORD}@host/e",
-        f"https://host/e?X-Amz-Signature={PASSWORD}",
+        f"https://host/../e?X-Amz-Signature={PASSWORD}",
         f"https://host/e#{PASSWORD}",
         f"s3://bucket/key?token={PASSWORD}",
         f"nbd+unix:///e?socket=/s&token={PASSWORD}",

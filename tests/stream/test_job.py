@@ -282,4 +282,4 @@ async def test_many_disks_share_the_turns_at_one_backing(autojump_clock: trio.te
             await nursery.start(one, number)
         begin.set()
     assert len(took) == 10
-    assert max(took.values()) < 2 * min(took.values()), "none is served at the cost of another"
+    assert max(took.values()) < 3 * min(took.values()), "none is served at the cost of another"

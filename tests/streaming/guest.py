@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -14,13 +15,14 @@ from contrib.boot.server import serving
 from contrib.kill.load import MAPPED, TURNS
 from contrib.kill.rounds import loads, nbd_server
 from contrib.kill.stamps import PAGE_SECTORS, SECTOR, Ledger, content
+from tests.backing.object_servers import BUCKET, moto
 from tests.failing.rig import MIB, QEDFS, Disk, run, served, until
 
 SIZE = 32 * MIB
 SECTORS = SIZE // SECTOR
 CLUSTERS = (65536, 8192, 16384)
 """Sizes in bytes. Of smaller ones in a file of this size QEMU counts leaks that are none (docs/format.md)."""
-SOURCES = ("raw", "qemu-nbd", "nbdkit", "chain")
+SOURCES = ("raw", "qemu-nbd", "nbdkit", "chain", "qcow2", "s3")
 
 
 @contextmanager
@@ -38,6 +40,12 @@ def source(kind: str, folder: Path, salt: int) -> Iterator[tuple[str, str]]:
     elif kind == "nbdkit":
         with serving(raw, "nbdkit", "tcp", folder) as url:
             yield url, "raw"
+    elif kind == "qcow2":
+        run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, folder / "base.qcow2")
+        yield str(folder / "base.qcow2"), "qcow2"
+    elif kind == "s3":
+        with stored(data) as url:
+            yield url, "raw"
     else:
         raw.write_bytes(data[: SIZE // 2] + bytes(SIZE // 2))
         (folder / "rest").write_bytes(data[SIZE // 2 :])
@@ -45,6 +53,19 @@ def source(kind: str, folder: Path, salt: int) -> Iterator[tuple[str, str]]:
         write = f"write -s {folder}/rest {SIZE // 2} {SIZE // 2}"
         run("qemu-io", "-f", "qed", "-c", write, folder / "middle.qed")
         yield str(folder / "middle.qed"), "qed"
+
+
+@contextmanager
+def stored(data: bytes) -> Iterator[str]:
+    """Have an object on a server of its own, and the environment that leads there; yield its name."""
+    server = moto()
+    server.start()
+    try:
+        with mock.patch.dict(os.environ, server.variables()):
+            server.put("base.raw", data)
+            yield f"s3://{BUCKET}/base.raw"
+    finally:
+        server.stop()
 
 
 class Guest:
