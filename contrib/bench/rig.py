@@ -76,7 +76,7 @@ def nbd_server(folder: Path) -> Iterator[Path]:
 
 
 NGINX = """
-daemon off; worker_processes 1; pid {folder}.pid; error_log stderr error;
+daemon off; {user} worker_processes 1; pid {folder}.pid; error_log stderr error;
 events {{ worker_connections 256; }}
 http {{
   access_log off; sendfile on; keepalive_requests 1000000;
@@ -93,7 +93,9 @@ def http_server(folder: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     config = folder.with_suffix(".conf")
-    config.write_text(NGINX.format(folder=folder, port=port))
+    # Its workers would be of another user otherwise, and temporary folders are for us alone.
+    user = "user root;" if os.getuid() == 0 else ""
+    config.write_text(NGINX.format(user=user, folder=folder, port=port))
     with subprocess.Popen(("nginx", "-c", str(config))) as process:
         try:
             until(lambda: process.poll() is not None or answers(port), "nginx")
