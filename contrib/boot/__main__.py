@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from contrib.boot import guest
+from contrib.boot import guest, web
 from contrib.boot.boot import MODES, WAYS, Options, boot
 from contrib.boot.hypervisors import AIOS, CACHES, HYPERVISORS, Drive
 from contrib.boot.matrix import run_matrix
@@ -25,7 +25,12 @@ def main() -> None:
     parser.add_argument(
         "--unmap", action="store_true", help="discard=unmap, detect-zeroes=unmap, and fstrim in the guest"
     )
-    parser.add_argument("--server", choices=SERVERS, default=default.server, help="of the base (%(default)s)")
+    parser.add_argument(
+        "--server",
+        choices=[*SERVERS, web.SERVER],
+        default=default.server,
+        help="of the base: NBD, or a qcow2 by https (%(default)s)",
+    )
     parser.add_argument("--transport", choices=TRANSPORTS, default=default.transport, help="of NBD (%(default)s)")
     parser.add_argument("--mode", choices=MODES, default=default.mode, help="of the leaf (%(default)s)")
     parser.add_argument(

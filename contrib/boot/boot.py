@@ -1,4 +1,4 @@
-"""One boot from end to end: base on an NBD server, leaf over it, mount, boot from the mount, unmount, judge."""
+"""One boot from end to end: base on a server, leaf over it, mount, boot from the mount, unmount, judge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contrib.boot import judge, workload
+from contrib.boot import judge, web, workload
 from contrib.boot.guest import DISK_BYTES, BootError, Guest, run
 from contrib.boot.hypervisors import Disk, Drive, run_guest
 from contrib.boot.server import serving
@@ -22,7 +22,7 @@ QEDFS = (sys.executable, "-m", "qedfs")
 
 @dataclass(frozen=True)
 class Options:
-    """How to boot: `hypervisor` is one of HYPERVISORS, `server` of SERVERS, `mode` one of MODES. `through` is `qedfs` (a raw file in a mount) or `qemu` (QEMU's own QED driver, for comparison)."""
+    """How to boot: `hypervisor` is one of HYPERVISORS, `server` of SERVERS or `web.SERVER` (a qcow2 by https, then without a `transport`), `mode` one of MODES. `through` is `qedfs` (a raw file in a mount) or `qemu` (QEMU's own QED driver, for comparison)."""
 
     hypervisor: str = "q35"
     drive: Drive = field(default_factory=Drive)
@@ -32,6 +32,18 @@ class Options:
     through: str = "qedfs"
     timeout: float = 180.0
     """Seconds the guest may take."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a leaf is made over."""
+
+    url: str
+    format: str = "raw"
+    environment: dict[str, str] = field(default_factory=dict)
+    """What qedfs needs to read it."""
+    judged_by: Path | None = None
+    """The same as a file, for the judges, where QEMU's tools cannot read the URL."""
 
 
 @dataclass
@@ -65,10 +77,12 @@ def boot(guest: Guest, options: Options, folder: Path) -> Report:
     leaf = folder / "vm.qed"
     token = os.urandom(8).hex()
     base_before = judge.sha256_of(guest.disk)
-    with serving(guest.disk, options.server, options.transport, folder) as url:
-        with WAYS[options.through](leaf, url, options.mode, report) as disk, report.timed("boot"):
+    with served(guest.disk, options, folder) as base:
+        with WAYS[options.through](leaf, base, options.mode, report) as disk, report.timed("boot"):
             run_guest(options.hypervisor, guest, disk, options.drive, token, folder, options.timeout)
         with report.timed("check"):
+            if base.judged_by is not None:
+                run("qemu-img", "rebase", "-u", "-f", "qed", "-b", base.judged_by, "-F", base.format, leaf)
             judge.check_leaf(leaf)
             judge.check_files(leaf, workload.sums_after(guest.sums(), token), folder)
     if judge.sha256_of(guest.disk) != base_before:
@@ -78,15 +92,27 @@ def boot(guest: Guest, options: Options, folder: Path) -> Report:
 
 
 @contextmanager
-def through_qedfs(leaf: Path, url: str, mode: str, report: Report) -> Iterator[Disk]:
-    """Make `leaf` over the export at `url`, mount it beside itself (a leaf that streams does so all the while), and unmount it after use."""
+def served(image: Path, options: Options, folder: Path) -> Iterator[Base]:
+    if options.server == web.SERVER:
+        with web.serving(image, folder) as (url, authority):
+            yield Base(url, "qcow2", {"SSL_CERT_FILE": str(authority)}, authority.with_name(web.NAME))
+    else:
+        with serving(image, options.server, options.transport, folder) as url:
+            yield Base(url)
+
+
+@contextmanager
+def through_qedfs(leaf: Path, base: Base, mode: str, report: Report) -> Iterator[Disk]:
+    """Make `leaf` over `base`, mount it beside itself (a leaf that streams does so all the while), and unmount it after use."""
     mountpoint, log = leaf.with_name("mnt"), leaf.with_name("mount.log")
     mountpoint.mkdir()
+    qedfs = ("env", *(f"{name}={value}" for name, value in base.environment.items()), *QEDFS)
     with report.timed("create"):
-        run(*QEDFS, "create", "--mode", mode, "-b", url, "-F", "raw", leaf)
+        run(*qedfs, "create", "--mode", mode, "-b", base.url, "-F", base.format, leaf)
     try:
         with report.timed("mount"):
-            run(*QEDFS, "mount", "-o", "idle=always", "--log-file", log, leaf, mountpoint)
+            options = ("-o", "idle=always", "--log-file", log)
+            run(*qedfs, "mount", *options, leaf, mountpoint)
         disk = mountpoint / "vm.raw"
         yield Disk(disk, "raw")
         report.backing_bytes_read = int(os.getxattr(disk, "user.qedfs.backing_bytes_read"))
@@ -113,12 +139,14 @@ def judge_traffic(mode: str, fetched: int, local: int) -> None:
 
 
 @contextmanager
-def through_qemu(leaf: Path, url: str, mode: str, report: Report) -> Iterator[Disk]:
-    """Make `leaf` over the export at `url` with QEMU's tools, for QEMU's own driver."""
+def through_qemu(leaf: Path, base: Base, mode: str, report: Report) -> Iterator[Disk]:
+    """Make `leaf` over `base` with QEMU's tools, for QEMU's own driver."""
     if mode != "cow":
         raise BootError("through qemu: its QED driver has mode cow only")
+    if base.format != "raw":
+        raise BootError("through qemu: only over a raw base on an NBD server")
     with report.timed("create"):
-        run("qemu-img", "create", "-q", "-f", "qed", "-b", url, "-F", "raw", leaf)
+        run("qemu-img", "create", "-q", "-f", "qed", "-b", base.url, "-F", "raw", leaf)
     yield Disk(leaf, "qed")
 
 

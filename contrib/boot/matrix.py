@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from contrib.boot import web
 from contrib.boot.boot import MODES, Options, Report, boot
 from contrib.boot.guest import BootError, Guest
 from contrib.boot.hypervisors import AIOS, CACHES, DIRECT, Drive
@@ -19,7 +20,7 @@ DRIVES = tuple(Drive(cache, aio) for cache, aio in product(CACHES, AIOS) if aio 
 Row = tuple[str, Drive | None]
 """A hypervisor, and how it is to use the disk, if that can be told."""
 ROWS: tuple[Row, ...] = (*product(("q35", "microvm"), DRIVES), ("uml", None))
-COLUMNS = tuple(product(SERVERS, MODES))
+COLUMNS = tuple(product((*SERVERS, web.SERVER), MODES))
 
 
 def cells() -> Iterator[tuple[Row, tuple[str, str], Options]]:

@@ -42,6 +42,7 @@ def name_of(options: Options) -> str:
         Options("q35", Drive("none", "io_uring"), "nbdkit", "unix", "stream", timeout=150),
         Options("q35", Drive("writethrough", "threads", unmap=True), "qemu-nbd", "unix", "cow", timeout=150),
         Options("uml", Drive(), "nbdkit", "tcp", "cor", timeout=150),
+        Options("q35", Drive("none", "native"), "nginx", mode="cor", timeout=150),
     ],
     ids=name_of,
 )
