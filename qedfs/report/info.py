@@ -37,22 +37,21 @@ class Level:
 
 @dataclass(frozen=True)
 class Description:
-    """An image as its header, its record and its tables tell it. `allocated` is in bytes on the file system."""
+    """An image as its header, its record and its tables tell it. `allocated` is in bytes on the file system.
+
+    `backing_name` is masked; `pin` is what the backing was when it was chosen.
+    """
 
     path: str
     header: Header
     backing_name: str
+    pin: Pin | None
     record: Record
     record_damaged: bool
     allocated: int
     counts: Counts | None
     problem: str
     chain: tuple[Level, ...]
-
-    @property
-    def pin(self) -> Pin | None:
-        """What the backing was when it was chosen."""
-        return self.record.pin_of(self.backing_name) if self.backing_name else None
 
     @property
     def mode(self) -> str:
@@ -76,6 +75,7 @@ async def describe(image: Image) -> Description:
         image.name,
         image.header,
         masked(image.backing_name) if image.backing_name else "",
+        pin,
         image.record,
         image.record_damaged,
         _allocated(image.storage),

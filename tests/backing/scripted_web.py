@@ -32,11 +32,11 @@ class ScriptedWeb(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, content: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.content = content
         self.headers = {"ETag": '"first"', "Last-Modified": MODIFIED}
         self.script: deque[Act] = deque()
-        self.always: Act = _Handler.part
+        self.always: Act = Handler.part
         self.requests: list[Request] = []
         self.connections = 0
         self.released = threading.Event()
@@ -55,7 +55,9 @@ class ScriptedWeb(ThreadingHTTPServer):
         """Say nothing: a client that leaves in the middle is part of some tests."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """What can be done with a request: its methods."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: ScriptedWeb
@@ -149,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-Act = Callable[[_Handler], None]
+Act = Callable[[Handler], None]
 
 
 def status(code: int, **headers: str) -> Act:

@@ -18,7 +18,7 @@ from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.policy import Policy
 from qedfs.errors import BackingChanged, BackingError, BackingRefused, BackingUnavailable, NotAllowed
 from tests.backing.samples import make_qed, random_bytes
-from tests.backing.scripted_web import MODIFIED, Act, ScriptedWeb, redirect, scripted_web, status
+from tests.backing.scripted_web import MODIFIED, Act, Handler, ScriptedWeb, redirect, scripted_web, status
 from tests.backing.web_reading import backing_at, opened, read
 
 CONTENT = random_bytes(300_000, 1)
@@ -218,9 +218,9 @@ async def test_a_server_that_says_nothing_at_all_is_given_up_on(
 async def test_a_read_that_is_called_off_ends_its_thread_and_its_connection(scripted: ScriptedWeb, sent: int) -> None:
     held = threading.Event()
 
-    def hold(handler: object) -> None:
+    def hold(handler: Handler) -> None:
         held.set()
-        handler.hold(sent=sent)  # type: ignore[attr-defined]
+        handler.hold(sent=sent)
 
     async with opened(scripted.url + "/base.raw", connections=1) as source:
         scripted.script.append(hold)
@@ -241,9 +241,9 @@ async def test_a_read_that_is_called_off_ends_its_thread_and_its_connection(scri
 async def test_closing_ends_a_read_that_the_server_does_not_answer(scripted: ScriptedWeb) -> None:
     held = threading.Event()
 
-    def hold(handler: object) -> None:
+    def hold(handler: Handler) -> None:
         held.set()
-        handler.hold()  # type: ignore[attr-defined]
+        handler.hold()
 
     async with opened(scripted.url + "/base.raw") as source, trio.open_nursery() as nursery:
         scripted.script.append(hold)
@@ -331,9 +331,11 @@ def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def guarded(password: str) -> Act:
-    def act(handler: object) -> None:
-        right = handler.headers["Authorization"] == basic("me", password)  # type: ignore[attr-defined]
-        (lambda h: h.part() if right else h.answer(401))(handler)  # type: ignore[attr-defined]
+    def act(handler: Handler) -> None:
+        if handler.headers["Authorization"] == basic("me", password):
+            handler.part()
+        else:
+            handler.answer(401)
 
     return act
 
