@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from contrib.boot import guest, web
@@ -51,7 +52,7 @@ def main() -> None:
     try:
         made = guest.made(arguments.pop("guests"))
         if is_matrix:
-            sys.exit(not run_matrix(made, arguments["timeout"], print))
+            sys.exit(not run_matrix(made, arguments["timeout"], print, partial(print, file=sys.stderr, flush=True)))
         once(made, Options(drive=drive, **arguments))
     except guest.BootError as error:
         sys.exit("\n".join([*getattr(error, "__notes__", ()), f"boot: {error}"]))

@@ -81,6 +81,8 @@ def boot(guest: Guest, options: Options, folder: Path) -> Report:
         with WAYS[options.through](leaf, base, options.mode, report) as disk, report.timed("boot"):
             run_guest(options.hypervisor, guest, disk, options.drive, token, folder, options.timeout)
         with report.timed("check"):
+            # QEMU would repair what is wrong when it names another base.
+            run(*QEDFS, "check", leaf)
             if base.judged_by is not None:
                 run("qemu-img", "rebase", "-u", "-f", "qed", "-b", base.judged_by, "-F", base.format, leaf)
             judge.check_leaf(leaf)

@@ -35,8 +35,11 @@ def cells() -> Iterator[tuple[Row, tuple[str, str], Options]]:
         yield row, (server, mode), Options(hypervisor, used, server, transport, mode)
 
 
-def run_matrix(guest: Guest, timeout: float, tell: Callable[[str], None]) -> bool:
-    """Boot all of the matrix, one after the other, and `tell` the table and what failed. Return whether nothing did."""
+def run_matrix(guest: Guest, timeout: float, tell: Callable[[str], None], note: Callable[[str], None]) -> bool:
+    """Boot all of the matrix, one after the other, and `tell` the table and what failed. Return whether nothing did.
+
+    `note` is told each result as it comes.
+    """
     results: dict[tuple[Row, tuple[str, str]], str] = {}
     failures: list[str] = []
     for row, column, options in cells():
@@ -46,6 +49,7 @@ def run_matrix(guest: Guest, timeout: float, tell: Callable[[str], None]) -> boo
             except BootError as error:
                 results[row, column] = "FAILED"
                 failures.append("\n".join([f"{options}: {error}", *getattr(error, "__notes__", ())]))
+        note(f"{row} {column}: {results[row, column]}")
     for line in table(results):
         tell(line)
     for failure in failures:
