@@ -187,6 +187,8 @@ class MountOptions:
     """Folder of the caches that leaves share; empty for none."""
     shared_cache_size: int = 0
     """Most bytes of all caches in it together; 0: only the reserve of their file system limits them."""
+    boot_profile: str = "auto"
+    """`auto`, `off`, or the absolute path of the profile of all disks."""
     direct_io: DirectIO = DirectIO.AUTO
     poll: int = 30
     """Microseconds of adaptive polling for the next request; 0 for none. Longer gains nothing on a busy mount."""
@@ -232,9 +234,11 @@ def _folder(text: str, what: str) -> str:
     return text
 
 
-def _boot_profile(text: str, what: str) -> None:
-    if text not in ("auto", "off"):
-        raise UsageError(what, "a file is not supported yet")
+def _boot_profile(text: str, what: str) -> str:
+    if not text:
+        raise UsageError(what, "is none of auto, off, the path of a file")
+    # Here and now: going to the background leaves the folder of a relative path.
+    return text if text in ("auto", "off") else os.path.abspath(text)
 
 
 _OPTIONS: Mapping[str, _Option] = {
@@ -260,7 +264,7 @@ _OPTIONS: Mapping[str, _Option] = {
     "finish_by": _Option("stream", "finish_by", parse_duration),
     "idle": _Option("stream", "idle", _choice(Idle)),
     "unmount_when_complete": _Option("mount", "unmount_grace", parse_duration, bare=UNMOUNT_GRACE),
-    "boot_profile": _Option("", "", _boot_profile),
+    "boot_profile": _Option("mount", "boot_profile", _boot_profile),
 }
 
 _NOT_YET = ("metrics",)
@@ -309,10 +313,8 @@ def parse_mount_options(texts: Iterable[str], *, sloppy: bool = False) -> MountO
             values[option.record][option.field] = True
         elif name == "allow_backing":
             values["mount"][option.field] = (*values["mount"].get(option.field, ()), value)
-        elif option.record:
-            values[option.record][option.field] = option.parse(value, name)
         else:
-            option.parse(value, name)
+            values[option.record][option.field] = option.parse(value, name)
     if values["mount"].get("allow_other") and values["mount"].get("allow_root"):
         raise UsageError("allow_root", "excludes 'allow_other'")
     return replace(

@@ -170,6 +170,12 @@ def _temporary_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_cache(_temporary_root: Path) -> None:
+    """What qedfs keeps of this run (boot profiles) is not left in the user's folders."""
+    os.environ["CACHE_DIRECTORY"] = str(_temporary_root / "cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _no_mount_outlives_the_run(_temporary_root: Path) -> Iterator[None]:
     """For the mounts of fixtures that serve a whole module or session."""
     yield

@@ -66,7 +66,7 @@ SANS_IO = (
     *("qedfs.nbd.constants", "qedfs.nbd.errors", "qedfs.nbd.negotiation", "qedfs.nbd.transmission"),
     *("qedfs.image.header", "qedfs.image.geometry", "qedfs.image.tables", "qedfs.image.record"),
     *("qedfs.image.allocator", "qedfs.image.survey", "qedfs.disk.plan", "qedfs.disk.readahead", "qedfs.disk.reserve"),
-    *("qedfs.backing.window", "qedfs.stream.idle", "qedfs.stream.pace", "qedfs.stream.cursor"),
+    *("qedfs.backing.window", "qedfs.stream.idle", "qedfs.stream.pace", "qedfs.stream.cursor", "qedfs.stream.profile"),
     *("qedfs.migrate.protocol", "qedfs.migrate.plan"),
 )
 IO = frozenset({"trio", "os", "psutil", "socket", "subprocess", "threading", "asyncio"})

@@ -141,10 +141,10 @@ class Served:
 
 @contextlib.contextmanager
 def mounted(leaf: Path, options: str = "mode=cow", *, idle: str = "always") -> Iterator[Served]:
-    """Mount `leaf` by qedfs."""
+    """Mount `leaf` by qedfs; it knows nothing of earlier rounds, unless `options` name a boot profile."""
     mountpoint = leaf.with_suffix(".mnt")
     mountpoint.mkdir(exist_ok=True)
-    options += f",idle={idle},reserve=0"
+    options = f"boot_profile=off,{options},idle={idle},reserve=0"
     run(*QEDFS, "mount", "-o", options, "--log-file", leaf.with_suffix(".log"), leaf, mountpoint)
     try:
         yield Served(mountpoint, leaf)

@@ -9,7 +9,7 @@ seconds=${1:-3600}
 work=${2:-$PWD/fuzz-work}
 [ $# -lt 1 ] || shift
 [ $# -lt 1 ] || shift
-[ $# -gt 0 ] || set -- header record image source name client server replies
+[ $# -gt 0 ] || set -- header record image source name profile client server replies
 
 status=0
 for target in "$@"; do

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import trio
 
+from qedfs.backing.base import Identity
 from qedfs.backing.resilient import Backing, BackingState, BackingStatistics
 from qedfs.config import DiskOptions, Mode, parse_choice
 from qedfs.disk import completion, growth
@@ -230,6 +231,14 @@ class Disk:
     def refused(self) -> bool:
         """Whether the backing failed for good."""
         return self._backing is not None and self._backing.refused
+
+    async def backing_identity(self) -> Identity | None:
+        """Return what the content of the backing is, once it answers; None if the image stands alone.
+
+        Raises:
+            BackingError: it cannot be told.
+        """
+        return await self._backing.identity() if self._backing is not None else None
 
     @property
     def flushed_at(self) -> float:

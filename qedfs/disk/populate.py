@@ -75,6 +75,14 @@ class Populate:
             await self._promises.settle(first, end)
         else:
             await self._promises.link(first, end)
+        return await self.look_here(first, end)
+
+    async def look_here(self, first: int, end: int) -> list[Missing]:
+        """Return what of `[first, end)` is missing, by the leaf alone: the backing is not asked what of it is zeros.
+
+        Raises:
+            LeafError, CorruptEntry: it cannot be told.
+        """
         for cluster in (first, *range(-(-(first + 1) // self._span) * self._span, end, self._span)):
             await self._image.run(cluster * self._cluster_size, 1)  # its table is in memory now
         return list(self.missing(first, end))

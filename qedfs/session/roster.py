@@ -124,7 +124,7 @@ class Roster:
             async with admitted(served.path, self._terms) as (disk, status):
                 if served.id != FileId(status.st_dev, status.st_ino):
                     raise UsageError(served.path, "was replaced while it was being opened")
-                async with self._streams.streaming(disk, status) as job:
+                async with self._streams.streaming(disk, served.path, status) as job:
                     leaf = self._show(served, disk, job, status)
                     task_status.started()
                     await served.leaving.wait()

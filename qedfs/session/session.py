@@ -23,6 +23,7 @@ from qedfs.errors import MountError
 from qedfs.fuse.serve import serve
 from qedfs.fuse.unmount import unmount
 from qedfs.session.admission import Terms
+from qedfs.session.boot_profile import check_profile_place
 from qedfs.session.leaving import unmount_when_complete
 from qedfs.session.places import check_places
 from qedfs.session.roster import Roster
@@ -134,6 +135,7 @@ class _Opened:
 def _opened(mount: Mount) -> Iterator[_Opened]:
     """Judge the mountpoint, then open the directories: after mounting, their paths could lead elsewhere."""
     check_places(mount.mountpoint, mount.sources)
+    check_profile_place(mount.options.boot_profile, mount.mountpoint)
     with contextlib.ExitStack() as stack:
         opened = _Opened([], [])
         for path in mount.sources:

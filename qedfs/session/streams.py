@@ -1,4 +1,4 @@
-"""The streams of one mount, and what they share: turns at each backing, memory, and the watch over the machine."""
+"""The streams of one mount, and what they share: turns at each backing, memory, boot profiles, the watch over the machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import trio
 from qedfs.config import MountOptions
 from qedfs.disk.disk import Disk
 from qedfs.disk.fetches import Budget
+from qedfs.session.boot_profile import BootProfiles
 from qedfs.stream.flow import Flow
 from qedfs.stream.job import Job
 from qedfs.stream.machine import Machine
@@ -29,18 +30,20 @@ class Streams:
         self._options = options
         self._nursery = nursery
         self._budget = Budget(IN_FLIGHT)
+        self._profiles = BootProfiles(options.boot_profile)
         self._flows: dict[str, Flow] = {}
         self._machines: dict[tuple[str | None, frozenset[str]], Machine] = {}
 
     @asynccontextmanager
-    async def streaming(self, disk: Disk, status: os.stat_result) -> AsyncIterator[Job]:
-        """Stream `disk`, whose leaf has this status, whenever its mode asks for it, while inside."""
+    async def streaming(self, disk: Disk, leaf: str, status: os.stat_result) -> AsyncIterator[Job]:
+        """Stream `disk`, whose leaf has this path and status, whenever its mode asks for it, while inside."""
         machine = await self._machine(status.st_dev, disk.host)
         backing = disk.statistics().backing
         flow = self._flows.setdefault(backing, Flow(self._options.disk.window))
         job = Job(disk, self._options.stream, flow=flow, budget=self._budget, machine=machine)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(job.run)
+            nursery.start_soon(self._profiles.attend, disk, leaf, job)
             try:
                 yield job
             finally:

@@ -48,13 +48,26 @@ class Cursor:
         """Note that the guest had to wait for `cluster`: its neighbours come next."""
         self._near = deque([(cluster, cluster + self._ahead), (cluster - self._behind, cluster)])
 
+    def follow(self, profile: Iterable[tuple[int, int]]) -> None:
+        """Add the ranges of a boot profile."""
+        self._profile.extend(profile)
+
+    def take_profile(self, most: int) -> tuple[int, int] | None:
+        """As `take`, but of the boot profile only; None: nothing is left of it."""
+        taken = self._sweep(self._profile, most)
+        if taken:
+            insort(self._under_way, taken)
+        return taken
+
     def take(self, most: int) -> tuple[int, int] | None:
         """Return the next range, of at most `most` clusters, and hold it as under way until `release`.
 
         None: nothing is missing but what is under way. With nothing under way either, the disk is complete, unless it
         grows or a copy has failed: what failed is missing again.
         """
-        taken = self._sweep(self._profile, most) or self._sweep(self._near, most) or self._ascend(most)
+        if taken := self.take_profile(most):
+            return taken
+        taken = self._sweep(self._near, most) or self._ascend(most)
         if taken:
             insort(self._under_way, taken)
         return taken

@@ -7,6 +7,7 @@ asks them before each piece, and a piece that is on its way is never called back
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Protocol
 
 import trio
@@ -92,6 +93,9 @@ class Job:
         self._changed = trio.Event()
         self._ended = trio.Event()
         self._cursor: Cursor | None = None
+        self._profile: tuple[tuple[int, int], ...] = ()
+        """What the cursor has not been told of yet."""
+        self._replaying = False
         self._misses = disk.misses.count
         self._copied = disk.copied()
         self._streamed = 0
@@ -126,6 +130,15 @@ class Job:
     def finish_by(self) -> float | None:
         """The seconds that were given when this was set, None for no promise."""
         return self._finish_by
+
+    def replay(self, profile: Iterable[tuple[int, int]]) -> None:
+        """Bring these ranges of clusters in first and at once, in every mode but `cow`, idle moment or not.
+
+        Everything else that stops a copy stops these, too: `paused`, the cap, the window, the reserve, a hold.
+        """
+        self._profile = tuple(profile)
+        self._replaying = bool(self._profile)
+        self._tell()
 
     def set_limits(self, *, rate: int | None = None, floor: int | None = None) -> None:
         """Change the cap or the floor, in bytes per second."""
@@ -181,7 +194,11 @@ class Job:
                         await self._go(populate, pieces)
 
     def _may_go(self) -> bool:
-        return self.wanted and not self._paused and self._disk.may_copy
+        return (self.wanted or self._replays) and not self._paused and self._disk.may_copy
+
+    @property
+    def _replays(self) -> bool:
+        return self._replaying and self._disk.mode is not Mode.COW
 
     async def _go(self, populate: Populate, pieces: trio.Nursery) -> None:
         """Start one piece, or wait for what it needs."""
@@ -195,7 +212,13 @@ class Job:
             await self._news(min(max(pause, SHORTEST_WAIT), TICK))
             return
         cursor = self._at(populate)
-        taken = cursor.take(max(1, min(self._flow.piece, MAX_FETCH) // self._disk.cluster_size))
+        most = max(1, min(self._flow.piece, MAX_FETCH) // self._disk.cluster_size)
+        taken = cursor.take_profile(most)
+        if taken is None and self._replaying:
+            self._replaying = False  # from now on at the pace of a stream, if it is one
+            return
+        if taken is None:
+            taken = cursor.take(most)
         if taken is not None:
             await self._begin(populate, taken, pieces)
         elif cursor.under_way:
@@ -209,6 +232,8 @@ class Job:
         if self._cursor is None:
             self._cursor = Cursor(populate.total, self._disk.cluster_size, populate.next_missing)
         self._cursor.total = populate.total
+        self._cursor.follow(self._profile)
+        self._profile = ()
         for miss in self._disk.misses.since(self._misses)[-1:]:
             self._cursor.missed(miss.pos // self._disk.cluster_size)
         self._misses = self._disk.misses.count
@@ -219,8 +244,12 @@ class Job:
         assert self._cursor is not None
         handed_over = False
         try:
-            missing = await populate.look(*taken, widely=True)
-            pieces.start_soon(self._scout, populate, taken[1])
+            if self._replaying:
+                # A guest has read there: it is hardly zeros, and a round trip for each question would cost more.
+                missing = await populate.look_here(*taken)
+            else:
+                missing = await populate.look(*taken, widely=True)
+                pieces.start_soon(self._scout, populate, taken[1])
             length = sum(end - first for first, end in missing) * self._disk.cluster_size
             if missing:
                 await populate.room(length)
@@ -292,7 +321,8 @@ class Job:
             self._disk.note(error)
 
     def _decide(self, now: float) -> None:
-        idle = self._machine.idle(self._disk)
+        # A guest that boots waits, but for nothing more than for this.
+        idle = self._replays or self._machine.idle(self._disk)
         if now - self._updated_at < TICK and idle is (self._pace.allowance.why is Why.IDLE):
             return
         self._updated_at = now

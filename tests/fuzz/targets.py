@@ -31,6 +31,7 @@ with atheris.instrument_imports(include=["qedfs"]):
     from qedfs.nbd.negotiation import Agreement, BlockSizes, ClientHandshake, ServerHandshake
     from qedfs.nbd.serving import ServerTransmission
     from qedfs.nbd.transmission import ClientTransmission
+    from qedfs.stream import profile as profiles
     from tests.image.memory_storage import MemoryStorage
 
 _AGREEMENT = Agreement(1 << 20, TransmissionFlag(3), True, 7, BlockSizes(1, 4096, 1 << 16))
@@ -73,6 +74,22 @@ def name(data: bytes) -> None:
         parse_location(text, None)
     except QedfsError as refused:
         _judge(refused)
+
+
+def profile(data: bytes) -> None:
+    """Read a boot profile; one that was accepted reads the same again and brings no more than it may."""
+    for text in (data, profiles.TITLE + b"\n" + data):
+        try:
+            parts = profiles.parse(text, "fuzz")
+        except QedfsError as refused:
+            _judge(refused)
+        else:
+            assert profiles.parse(profiles.serialise(parts, "fuzz"), "fuzz") == parts
+            total = 0
+            for first, end in profiles.clusters(parts, 65536, 1 << 40):
+                assert 0 <= first < end <= 1 << 24
+                total += (end - first) * 65536
+            assert total < profiles.MOST_BYTES + 65536
 
 
 def client(data: bytes) -> None:
@@ -189,7 +206,7 @@ async def _source(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (header, record, image, source, name, client, server, replies)
+    target.__name__: target for target in (header, record, image, source, name, profile, client, server, replies)
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TARGETS = ("header", "record", "image", "source", "name", "client", "server", "replies")
+TARGETS = ("header", "record", "image", "source", "name", "profile", "client", "server", "replies")
 SECONDS = int(os.environ.get("QEDFS_FUZZ_SECONDS", "6"))
 
 

@@ -45,6 +45,9 @@ class FakeDisk:
     def copied(self) -> int:
         return 0
 
+    async def backing_identity(self) -> None:
+        return None
+
 
 class Leaves:
     """Admits what is asked for, or fails as told; `close_errors` are raised when a leaf closes."""

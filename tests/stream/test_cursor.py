@@ -54,6 +54,16 @@ def test_ends_when_nothing_is_missing() -> None:
     assert Table(0).cursor().take(8) is None
 
 
+def test_profile_may_come_later_and_be_taken_alone() -> None:
+    table = Table(10)
+    cursor = table.cursor()
+    assert cursor.take(2) == (0, 2)
+    cursor.follow([(7, 9), (0, 1), (4, 5)])
+    assert [cursor.take_profile(8) for _ in range(3)] == [(7, 9), (4, 5), None], "what is under way is left out"
+    assert cursor.under_way == 3
+    assert cursor.take(8) == (2, 4)
+
+
 def test_profile_comes_first_in_its_own_order() -> None:
     table = Table(10, 7)
     assert order(table, table.cursor((6, 9), (2, 4), (90, 99)), 8) == [(6, 7), (8, 9), (2, 4), (0, 2), (4, 6), (9, 10)]

@@ -14,10 +14,13 @@ from qedfs.config import Idle, Mode, StreamOptions
 from qedfs.disk.fetches import Budget
 from qedfs.errors import BackingRefused, BackingUnavailable, CorruptEntry
 from qedfs.image.geometry import Geometry
+from qedfs.image.record import Record
+from qedfs.image.storage import Space
 from qedfs.stream.flow import Flow
 from qedfs.stream.idle import Sample
 from qedfs.stream.job import Job
 from qedfs.stream.machine import Machine
+from qedfs.stream.profile import Part, Recorder, clusters
 from tests.image.memory_storage import MemoryStorage
 from tests.model.fake_source import FakeSource
 from tests.model.memory_disk import MemoryDisk, empty_image, memory_disk, pattern
@@ -189,6 +192,120 @@ async def test_a_promise_to_finish_raises_the_floor(autojump_clock: trio.testing
         r.job.set_finish_by(40.0)
         assert r.job.finish_by == 40.0
         assert 20 < await r.until("complete") < 40
+
+
+def clusters_asked(source: FakeSource) -> list[int]:
+    return [c for pos, length in source.requests for c in range(pos // C, -(-(pos + length) // C))]
+
+
+async def test_a_boot_profile_comes_at_once_and_in_its_order_without_a_stream(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    leaf = await storage()
+    async with rig(leaf, slow(FakeSource(BASE), 0.05), mode=Mode.COR, idle=Idle.GUEST, floor=0) as r:
+        await r.disk.read(40 * C, C)
+        r.source.requests.clear()
+        r.machine.busy = True
+        r.job.replay([(100, 103), (5, 6), (39, 42), (127, 500)])
+        await trio.sleep(1)
+        asked = clusters_asked(r.source)
+        assert set(asked[:4]) == {100, 101, 102, 5}, "as many at a time as the window admits"
+        assert set(asked[4:]) == {39, 41, 127}, "but for what is local"
+        assert len(asked) == 7
+        assert r.state == "passive"
+        await trio.sleep(600)
+        assert len(clusters_asked(r.source)) == 7, "nothing else comes"
+        r.source.error = BackingUnavailable("fake", "gone")
+        assert bytes(await r.disk.read(100 * C, 3 * C)) == BASE[100 * C : 103 * C]
+
+
+async def test_a_boot_profile_comes_before_the_rest_of_a_stream_also_while_the_guest_waits(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    leaf = await storage()
+    async with rig(leaf, slow(FakeSource(BASE), 0.05), idle=Idle.GUEST, floor=0) as r:
+        r.machine.busy = True
+        await trio.sleep(2)
+        assert not r.source.requests
+        r.job.replay([(90, 100), (10, 20)])
+        await trio.sleep(2)
+        asked = clusters_asked(r.source)
+        assert sorted(asked) == [*range(10, 20), *range(90, 100)]
+        assert min(asked[:4]) >= 90, "in its order, as many at a time as the window admits"
+        assert r.state == "idle-wait", "what is not of the profile waits for an idle moment"
+        r.machine.busy = False
+        await r.until("complete")
+    assert judge(leaf.content, b"").content == BASE
+
+
+async def no_space() -> Space:
+    return Space(1 << 40, 0)
+
+
+async def test_a_boot_profile_obeys_pause_mode_cap_and_want_of_room(
+    autojump_clock: trio.testing.MockClock, expected_warnings: Callable[[str], None]
+) -> None:
+    expected_warnings("copying stopped")
+    leaf = await storage()
+    async with rig(leaf, FakeSource(BASE), mode=Mode.COW, rate=MIB) as r:
+        r.job.replay([(0, 128)])
+        await trio.sleep(60)
+        assert not r.source.requests, "cow copies nothing"
+        r.job.paused = True
+        await r.disk.set_mode(Mode.COR)
+        await trio.sleep(60)
+        assert not r.source.requests
+        r.job.paused = False
+        await trio.sleep(4)
+        assert 3 * MIB <= r.disk.asked <= 6 * MIB, "the cap holds"
+        await r.disk.set_mode(Mode.COW)
+        asked = r.disk.asked
+        await trio.sleep(60)
+        assert r.disk.asked == asked
+        await r.disk.set_mode(Mode.COR)
+        await trio.sleep(20)
+        assert r.disk.remaining() == 0
+    leaf = await storage()
+    leaf.space = no_space  # type: ignore[method-assign]
+    async with rig(leaf, FakeSource(BASE), mode=Mode.COR) as r:
+        await trio.sleep(1)
+        r.job.replay([(0, 128)])
+        await trio.sleep(60)
+        assert r.state == "no-space"
+        asked = r.disk.asked
+        assert asked <= MIB, "no more than what was on its way"
+        await trio.sleep(600)
+        assert r.disk.asked == asked
+
+
+async def test_a_held_disk_gets_no_boot_profile(autojump_clock: trio.testing.MockClock) -> None:
+    leaf = await empty_image(SIZE, geometry=GEOMETRY, record=Record(hold=True))
+    async with rig(leaf, FakeSource(BASE), mode=Mode.COR) as r:
+        r.job.replay([(0, 128)])
+        await trio.sleep(60)
+        assert (r.state, r.source.requests) == ("held", [])
+
+
+async def test_a_boot_takes_half_the_time_with_its_profile(autojump_clock: trio.testing.MockClock) -> None:
+    chance = random.Random(5)
+    trace = [(chance.randrange(SIZE // C - 1) * C + 5, chance.choice([512, 4096, C])) for _ in range(60)]
+
+    async def boot(*profile: tuple[int, int]) -> tuple[float, list[Part]]:
+        recorder = Recorder(C)
+        async with rig(await storage(), slow(FakeSource(BASE), 0.02), mode=Mode.COR) as r:
+            r.job.replay(profile)
+            began = trio.current_time()
+            for pos, length in trace:
+                assert bytes(await r.disk.read(pos, length)) == BASE[pos : pos + length]
+                await trio.sleep(0.002)
+            took = trio.current_time() - began
+            for miss in r.disk.misses.since(0):
+                recorder.missed(*miss)
+        return took, recorder.parts()
+
+    first, parts = await boot()
+    second, _ = await boot(*clusters(parts, C, SIZE))
+    assert second < 0.5 * first
 
 
 async def test_nothing_is_sampled_while_nobody_streams(autojump_clock: trio.testing.MockClock) -> None:
