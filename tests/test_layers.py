@@ -46,7 +46,7 @@ ONLY: dict[tuple[str, str], frozenset[str]] = {
     ("migrate", "image"): frozenset(),
     ("migrate", "disk"): frozenset(),
     ("migrate", "tree"): frozenset(),
-    ("migrate", "session"): frozenset(),
+    ("migrate", "session"): frozenset({"qedfs.session.leaf"}),
     ("migrate", "backing"): frozenset({"qedfs.backing.location"}),
     ("migrate", "fuse"): frozenset({"qedfs.fuse.mounts"}),
 }

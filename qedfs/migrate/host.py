@@ -12,9 +12,11 @@ import trio
 
 from qedfs.errors import LeafError, MigrationFailed
 from qedfs.fuse.mounts import find_mount
+from qedfs.migrate.plan import Order
 from qedfs.report.mounted import write_attributes
 from qedfs.report.status import ServedImage
 from qedfs.report.waiting import wait_complete
+from qedfs.session.leaf import reach
 
 BUSY_PATIENCE: Final = 10.0
 """Seconds for a QEMU that was told to end to close the disk."""
@@ -42,6 +44,10 @@ class LocalHost:
     async def set(self, raw: str, name: str, value: str) -> None:
         """Set an attribute of the disk; in a thread, which is left behind if the mount does not answer. Raises UsageError."""
         await trio.to_thread.run_sync(write_attributes, raw, [(name, value)], abandon_on_cancel=True)
+
+    async def probe(self, order: Order) -> None:
+        """Raise BackingError unless the export answers soon."""
+        await reach(order.backing, order.format, order.leaf)
 
     async def complete(self, raw: str) -> None:
         """Return when the disk stands alone. Raises as `wait_complete`."""

@@ -95,6 +95,14 @@ class Set:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """See whether the export answers: if it does not, the guest need not be stopped to learn it.
+
+    By a connection of its own: a read from the mount that is not answered can be neither given up nor killed.
+    """
+
+
+@dataclass(frozen=True)
 class Connect:
     """Connect to a QEMU, and wait for it if it is the destination. Then it must be as needed: `Expect`."""
 
@@ -152,7 +160,7 @@ class Complete:
     raw: str
 
 
-Action = Run | Set | Connect | Expect | Capable | Tell | Await | StartUnlessPaused | Complete
+Action = Run | Set | Probe | Connect | Expect | Capable | Tell | Await | StartUnlessPaused | Complete
 
 
 def plan(order: Order) -> dict[Phase, tuple[Action, ...]]:
@@ -175,6 +183,7 @@ def plan(order: Order) -> dict[Phase, tuple[Action, ...]]:
             Tell(here, "stop"),
             Capable(here, ("events",)),
             Tell(here, "migrate-incoming", {"uri": order.listen}),
+            Probe(),
         ),
         Phase.MEMORY: (
             Capable(there, ("events", "pause-before-switchover")),
@@ -243,6 +252,8 @@ def line_of(action: Action, order: Order, monitors: Mapping[Side, str]) -> str:
             return shlex.join(["qedfs", *(masked(word) if word == order.backing else word for word in arguments)])
         case Set(raw, name, value):
             return shlex.join(["qedfs", "set", raw, f"{name}={value}"])
+        case Probe():
+            return "# the export answers"
         case Connect(side):
             waits = f"; waits for: {start_hint(order, monitors[side])}" if side is Side.DESTINATION else ""
             return f"# {side.value}: QMP at {monitors[side]}{waits}"

@@ -21,6 +21,7 @@ from qedfs.migrate.plan import (
     Expectation,
     Order,
     Phase,
+    Probe,
     Run,
     Set,
     Side,
@@ -46,6 +47,9 @@ class Host(Protocol):
 
     async def set(self, raw: str, name: str, value: str) -> None:
         """Set an attribute. Raises QedfsError."""
+
+    async def probe(self, order: Order) -> None:
+        """Raise QedfsError unless the export answers soon."""
 
     async def complete(self, raw: str) -> None:
         """Return when the disk needs its backing no more. Raises QedfsError when that will not be."""
@@ -169,6 +173,8 @@ class _Sequence:
                     await self._host.run(arguments)
             case Set(raw, name, value):
                 await self._host.set(raw, name, value)
+            case Probe():
+                await self._host.probe(self._order)
             case Connect(side):
                 await self._machines[side].connect(self._patience.destination if side is Side.DESTINATION else 0.0)
             case Expect(side, what):

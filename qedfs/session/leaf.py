@@ -91,6 +91,16 @@ async def create(leaf: NewLeaf) -> Made:
         return Made(header, source.format)
 
 
+async def reach(backing: str, format: str | None, path: str) -> None:
+    """Return when `backing`, as the leaf at `path` would name it, has answered.
+
+    Raises:
+        BackingError: it cannot be opened, or does not answer.
+    """
+    async with _opened(backing, format, path, None):
+        pass
+
+
 async def rebase(path: str, backing: str, format: str | None, *, force: bool, secret: bytes | None = None) -> bool:
     """Let the leaf at `path` name `backing`, or none if that is empty; return whether its identity could be recorded.
 

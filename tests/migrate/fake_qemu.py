@@ -19,7 +19,7 @@ import trio.testing
 from qedfs.errors import MigrationFailed, MonitorLost
 from qedfs.migrate.machine import Machine, Progress
 from qedfs.migrate.monitor import Monitor, greeted
-from qedfs.migrate.plan import Side
+from qedfs.migrate.plan import Order, Side
 
 RAW = "/mnt/vm.raw"
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}, "capabilities": []}}
@@ -272,6 +272,12 @@ class FakeHost:
         await trio.lowlevel.checkpoint()
         if name == "mode":
             self.mode = value
+
+    async def probe(self, order: Order) -> None:
+        await trio.lowlevel.checkpoint()
+        assert self.mounted
+        assert self.held
+        self._come("probe")
 
     async def complete(self, raw: str) -> None:
         self._come("complete")
