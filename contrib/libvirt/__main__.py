@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,8 @@ from contrib.libvirt.story import story
 
 
 def main() -> None:
+    # An end from outside ends libvirtd and all that it has started, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="qedfs-libvirt-") as folder:
         try:
             with story(made(default_folder()), Path(folder), print) as told:

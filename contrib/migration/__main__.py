@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m contrib.migration", description=__doc__)
     parser.add_argument("--seeds", type=int, default=1, help="rounds without a fault (%(default)s)")
     parser.add_argument("--first", type=int, default=1, help="the first seed (%(default)s)")
+    parser.add_argument(
+        "--on-qedfs", action="store_true", help="the source is on a mount, too, and exported by qedfs serve"
+    )
     parser.add_argument("--faults", action="store_true", help="also every fault; minutes")
     arguments = parser.parse_args()
+    # An end from outside ends both machines, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     failures = 0
     print(
         "| seed | fault | outcome | downtime | streaming | records | lost |\n|---|---|---|---|---|---|---|", flush=True
     )
     try:
-        for seed, told in rounds(arguments.first, arguments.seeds, arguments.faults):
+        for seed, told in rounds(arguments.first, arguments.seeds, arguments.faults, arguments.on_qedfs):
             failures += told.lost != 0
             print(line(seed, told), flush=True)
     except BootError as error:
@@ -33,7 +39,7 @@ def main() -> None:
     sys.exit(failures > 0)
 
 
-def rounds(first: int, seeds: int, faults: bool) -> Iterator[tuple[int, Told]]:
+def rounds(first: int, seeds: int, faults: bool, on_qedfs: bool) -> Iterator[tuple[int, Told]]:
     """Give what each attempt of each round tells; a round that fails tells that instead."""
     guest = made(default_folder())
     plans: list[tuple[int, Sequence[Fault], Fault | None]] = [(seed, (), None) for seed in range(first, first + seeds)]
@@ -42,7 +48,8 @@ def rounds(first: int, seeds: int, faults: bool) -> Iterator[tuple[int, Told]]:
     for seed, stays, move in plans:
         with tempfile.TemporaryDirectory(prefix="qedfs-migration-") as folder:
             try:
-                yield from ((seed, told) for told in tell_story(guest, Path(folder), seed, stays, move))
+                story = tell_story(guest, Path(folder), seed, stays, move, on_qedfs=on_qedfs)
+                yield from ((seed, told) for told in story)
             except (MigrationError, BootError) as error:
                 yield seed, Told("none" if move is None else str(move), f"FAILED: {error}", lost=1)
     if faults:

@@ -14,7 +14,7 @@ from contrib.boot.guest import Guest, run
 from contrib.migration import records
 from contrib.migration.faults import AFTER, Fault, Scene
 from contrib.migration.guest import Machine, MigrationError, until
-from contrib.migration.rig import QEDFS, SLOTS, Rig, memory_link, migrating, rig
+from contrib.migration.rig import QEDFS, SLOTS, ByQedfs, Rig, memory_link, migrating, rig
 from qedfs.migrate.plan import Phase
 
 BEFORE, BETWEEN, BEHIND = 150, 60, 200
@@ -97,6 +97,8 @@ def judge_move(rig: Rig, made: Attempt, fault: Fault | None) -> Told:
     moved = made.destination
     assert moved is not None
     # The guest goes on without anything of the source.
+    if isinstance(rig.by, ByQedfs):
+        rig.stop_export()
     rig.source.kill()
     moved.wait_for(moved.records + BEHIND)
     downtime = moved.told[0][0] - rig.source.told[-1][0]
@@ -121,14 +123,16 @@ def judge_leaf(rig: Rig, count: int, *, in_doubt: bool) -> None:
     expect(not wrong, f"{len(wrong)} records lost or stale: {wrong[:3]}")
 
 
-def tell_story(guest: Guest, folder: Path, seed: int, stays: Sequence[Fault], move: Fault | None) -> list[Told]:
-    """Let a machine stay through all of `stays`, one after the other, and then move it.
+def tell_story(
+    guest: Guest, folder: Path, seed: int, stays: Sequence[Fault], move: Fault | None, *, on_qedfs: bool = False
+) -> list[Told]:
+    """Let a machine stay through all of `stays`, one after the other, and then move it. `on_qedfs`: from a mount, as it will be to one.
 
     Raises:
         MigrationError: something is not as it must be.
     """
     told = []
-    with rig(guest, folder, seed) as made:
+    with rig(guest, folder, seed, on_qedfs=on_qedfs) as made:
         made.source.wait_for(BEFORE)
         for fault in stays:
             with attempt(made, fault) as stayed:
@@ -140,13 +144,13 @@ def tell_story(guest: Guest, folder: Path, seed: int, stays: Sequence[Fault], mo
     return told
 
 
-def lose_the_disk(guest: Guest, folder: Path, seed: int) -> Told:
+def lose_the_disk(guest: Guest, folder: Path, seed: int, *, on_qedfs: bool = False) -> Told:
     """The process that serves the disk is killed after the switch-over: what the machine had written is in the leaf.
 
     Raises:
         MigrationError: something is not as it must be.
     """
-    with rig(guest, folder, seed) as made:
+    with rig(guest, folder, seed, on_qedfs=on_qedfs) as made:
         made.source.wait_for(BEFORE)
         with attempt(made, AFTER) as lost:
             expect(lost.status != 0, "the command succeeded")

@@ -40,10 +40,10 @@ def test_machine_stays_through_failures_and_is_moved_without_losing_a_record(gue
 
 
 @pytest.mark.timeout(280)
-def test_machine_that_loses_its_disk_after_the_switch_over_has_all_it_wrote_in_the_leaf(
+def test_machine_from_a_mount_that_loses_its_disk_after_the_switch_over_has_all_it_wrote_in_the_leaf(
     guest: Guest, tmp_path: Path
 ) -> None:
-    assert lose_the_disk(guest, tmp_path, 2).records > 100
+    assert lose_the_disk(guest, tmp_path, 2, on_qedfs=True).records > 100
 
 
 def test_a_stale_record_is_found(tmp_path: Path) -> None:
