@@ -147,8 +147,8 @@ class HttpClient:
         self._target = location
         """Where redirects have led."""
         self._lock = threading.Lock()
-        self._managers: dict[tuple[str, str], urllib3.PoolManager] = {}
-        """By scheme and proxy, an empty one for none."""
+        self._managers: dict[tuple[str, str, int], urllib3.PoolManager] = {}
+        """By origin: whether there is a proxy for one is a long question to the environment."""
         self._closed = False
 
     @contextlib.contextmanager
@@ -251,14 +251,13 @@ class HttpClient:
                         raise
 
     def _manager(self, at: HttpLocation) -> urllib3.PoolManager:
-        proxy = _proxy_for(at)
         with self._lock:
             if self._closed:
                 raise BackingUnavailable(str(self._location), "is closed")
-            key = (at.scheme, proxy)
-            if key not in self._managers:
-                self._managers[key] = _new_manager(at.scheme, proxy, self._connections)
-            return self._managers[key]
+            manager = self._managers.get(at.origin)
+            if manager is None:
+                manager = self._managers[at.origin] = _new_manager(at.scheme, _proxy_for(at), self._connections)
+            return manager
 
     @contextlib.contextmanager
     def _explained(self, at: HttpLocation) -> Iterator[None]:
