@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import struct
@@ -70,9 +71,25 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        self.obey(self.server.always)
+
+    def do_CONNECT(self) -> None:
+        self.obey(Handler.tunnel)
+
+    def obey(self, otherwise: Act) -> None:
         self.server.requests.append(Request(self.path, self.headers))
-        act = self.server.script.popleft() if self.server.script else self.server.always
+        act = self.server.script.popleft() if self.server.script else otherwise
         act(self)
+
+    def tunnel(self) -> None:
+        """Be a proxy that connects the client with the server it names."""
+        host, _, port = self.path.rpartition(":")
+        with socket.create_connection((host, int(port))) as far:
+            self.answer(200, headers=dict.fromkeys(["Content-Length", *self.server.headers], ""))
+            for source, to in ((self.connection, far), (far, self.connection)):
+                threading.Thread(target=relay, args=(source, to), daemon=True).start()
+            self.server.released.wait(60)
+        self.close_connection = True
 
     def part(
         self,
@@ -149,6 +166,14 @@ class Handler(BaseHTTPRequestHandler):
         # With a linger of no time the end of the connection is a reset.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
+
+
+def relay(source: socket.socket, to: socket.socket) -> None:
+    """Carry what `source` says to the other side until it ends."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            to.sendall(data)
+        to.shutdown(socket.SHUT_WR)
 
 
 Act = Callable[[Handler], None]

@@ -20,6 +20,7 @@ from qedfs.errors import BackingChanged, BackingError, BackingRefused, BackingUn
 from tests.backing.samples import make_qed, random_bytes
 from tests.backing.scripted_web import MODIFIED, Act, Handler, ScriptedWeb, redirect, scripted_web, status
 from tests.backing.web_reading import backing_at, opened, read
+from tests.backing.web_servers import Web
 
 CONTENT = random_bytes(300_000, 1)
 PART = CONTENT[:4096]
@@ -400,6 +401,27 @@ async def test_a_proxy_of_the_environment_is_used(proxy: ScriptedWeb, monkeypatc
     assert {request.path for request in proxy.requests} == {"http://store.invalid/base.raw?x=1"}
     assert proxy.requests[0].headers["Proxy-Authorization"] == basic("me", "secret")
     assert proxy.connections == 1
+
+
+async def test_tls_goes_through_a_proxy_to_the_server_itself(
+    web: Web, proxy: ScriptedWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.put("proxied.raw", CONTENT)
+    monkeypatch.setenv("https_proxy", f"http://me:secret@127.0.0.1:{proxy.server_port}")
+    proxy.script.append(status(407))
+    with pytest.raises(BackingRefused, match="the proxy wants credentials") as refusal:
+        await open_backing(Reference(f"{web.secure}/proxied.raw", None, "/leaf.qed"), Policy())
+    assert "secret" not in str(refusal.value)
+    proxy.script.append(status(503))
+    with pytest.raises(BackingUnavailable, match=r"/proxied\.raw: .*the proxy"):
+        await open_backing(Reference(f"{web.secure}/proxied.raw", None, "/leaf.qed"), Policy())
+    async with opened(f"{web.secure}/proxied.raw") as source:
+        assert await read(source, 0, 4096) == PART
+        assert proxy.requests[-1].path == f"127.0.0.1:{web.https}"
+        assert proxy.requests[-1].headers["Proxy-Authorization"] == basic("me", "secret")
+        with trio.move_on_after(0):
+            await read(source, 0, 4096)
+        assert await read(source, 0, source.size) == CONTENT
 
 
 async def test_no_proxy_is_used_for_what_no_proxy_names(

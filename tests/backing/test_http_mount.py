@@ -190,3 +190,18 @@ def test_a_leaf_on_a_compressed_qcow2_is_the_disk_that_it_was_made_of(web: Web, 
     assert said.endswith("/images/base.qcow2 (qcow2)\n")
     with mounted(leaf, tmp_path / "mnt") as mnt:
         qemu_img("compare", "-f", "raw", "-F", "raw", raw, mnt / "leaf.raw")
+
+
+def test_a_second_leaf_with_a_shared_cache_costs_the_server_nothing(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    with nginx(tmp_path) as web:
+        web.put("base.raw", CONTENT)
+        for name in ("one.qed", "two.qed"):
+            qedfs("create", "-b", f"{web.url}/base.raw?secret", images / name)
+        with mounted(images, tmp_path / "mnt", f"shared_cache={tmp_path / 'cache'},reserve=0") as mnt:
+            assert (mnt / "one.raw").read_bytes() == CONTENT
+            before = web.sent()
+            assert before < 1.1 * len(CONTENT)
+            assert (mnt / "two.raw").read_bytes() == CONTENT
+            assert web.sent() - before < 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from qedfs.backing.base import Identity, Source
 from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.policy import Policy
 from qedfs.errors import BackingChanged, BackingError, BackingRefused, BackingUnavailable, NotAllowed
+from tests.backing.object_servers import free_port
 from tests.backing.samples import KIB, MIB, make_qed, random_bytes
 from tests.backing.web_reading import backing_at, opened, read
 from tests.backing.web_servers import Web, nginx
@@ -103,6 +105,48 @@ async def test_many_readers_share_few_connections_that_are_kept(web: Web) -> Non
 
 async def check(source: Source, pos: int) -> None:
     assert await read(source, pos, 10 * KIB) == CONTENT[pos : pos + 10 * KIB]
+
+
+def slice_cache(port: int, folder: Path) -> Callable[[Web], str]:
+    """Return the configuration of a cache, on `port`, that asks the server for what it has not in slices."""
+    return lambda web: (
+        f"""
+  proxy_cache_path {folder}/slices keys_zone=slices:1m;
+  server {{
+    listen 127.0.0.1:{port}; access_log off;
+    location / {{
+      slice 64k; proxy_cache slices; proxy_cache_key $uri$slice_range; proxy_cache_valid 200 206 1h;
+      proxy_set_header Range $slice_range; proxy_http_version 1.1; proxy_pass {web.url};
+    }}
+  }}"""
+    )
+
+
+async def test_a_cache_of_slices_in_between_fetches_everything_once(tmp_path: Path) -> None:
+    port = free_port()
+    with nginx(tmp_path, more=slice_cache(port, tmp_path)) as web:
+        web.put("base.raw", CONTENT)
+        for _ in range(3):
+            async with opened(f"http://127.0.0.1:{port}/base.raw") as source:
+                assert source.identity.tag.startswith('etag:"')
+                for pos in (0, 1000, 131_072, 299_000):
+                    assert await read(source, pos, 1000) == CONTENT[pos : pos + 1000]
+                assert await read(source, 0, source.size) == CONTENT
+        assert web.sent() == len(CONTENT)
+
+
+async def test_a_file_that_is_replaced_behind_a_cache_of_slices_is_not_mixed(tmp_path: Path) -> None:
+    port = free_port()
+    with nginx(tmp_path, more=slice_cache(port, tmp_path)) as web:
+        web.put("base.raw", CONTENT)
+        os.utime(web.files / "base.raw", (1e9, 1e9))
+        async with opened(f"http://127.0.0.1:{port}/base.raw") as source:
+            assert await read(source, 0, 1000) == CONTENT[:1000]
+            web.put("base.raw", OTHER)
+            # What the cache has is still of the old content; what it has not would be of the new one.
+            assert await read(source, 2000, 1000) == CONTENT[2000:3000]
+            with pytest.raises(BackingError):
+                await read(source, 200_000, 1000)
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +18,15 @@ _CONFIG = """
 daemon off; {user} worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
 events {{ worker_connections 256; }}
 http {{
-  log_format connection "$connection"; access_log {folder}/access.log connection; sendfile on;
+  log_format counts "$connection $body_bytes_sent"; access_log {folder}/access.log counts; sendfile on;
   client_body_temp_path {folder}/tmp; proxy_temp_path {folder}/tmp; fastcgi_temp_path {folder}/tmp;
   uwsgi_temp_path {folder}/tmp; scgi_temp_path {folder}/tmp;
   server {{
     listen 127.0.0.1:{http}; listen 127.0.0.1:{https} ssl;
     ssl_certificate {pki}/server-cert.pem; ssl_certificate_key {pki}/server-key.pem;
-    root {files};
-{more}
+    root {files}; {options}
   }}
+{more}
 }}
 """
 
@@ -67,7 +67,11 @@ class Web:
 
     def connections(self) -> int:
         """How many have carried a request so far."""
-        return len(set((self.folder / "access.log").read_text().splitlines()))
+        return len({line.split()[0] for line in (self.folder / "access.log").read_text().splitlines()})
+
+    def sent(self) -> int:
+        """How many bytes of files have gone out so far."""
+        return sum(int(line.split()[1]) for line in (self.folder / "access.log").read_text().splitlines())
 
     def start(self) -> None:
         self.process = subprocess.Popen(["nginx", "-e", self.folder / "error.log", "-c", self.folder / "nginx.conf"])
@@ -89,8 +93,11 @@ class Web:
 
 
 @contextmanager
-def nginx(folder: Path, more: str = "") -> Iterator[Web]:
-    """Serve the files below `folder`/files until the end of the block; `more` are lines for the server's configuration."""
+def nginx(folder: Path, options: str = "", more: Callable[[Web], str] | None = None) -> Iterator[Web]:
+    """Serve the files below `folder`/files until the end of the block.
+
+    `options` are more words about that server, `more` returns others beside it.
+    """
     web = Web(folder / "files", folder, free_port(), free_port())
     web.files.mkdir()
     (folder / "pki").mkdir()
@@ -99,7 +106,14 @@ def nginx(folder: Path, more: str = "") -> Iterator[Web]:
     user = "user root;" if os.getuid() == 0 else ""
     (folder / "nginx.conf").write_text(
         _CONFIG.format(
-            user=user, folder=folder, files=web.files, pki=folder / "pki", http=web.http, https=web.https, more=more
+            user=user,
+            folder=folder,
+            files=web.files,
+            pki=folder / "pki",
+            http=web.http,
+            https=web.https,
+            options=options,
+            more=more(web) if more else "",
         )
     )
     web.start()
