@@ -31,6 +31,10 @@ PASSING: dict[str, tuple[Act, str]] = {
     "long-body": (lambda h: h.part(more=b"x"), "sent more than it promised"),
     "wrong-range": (lambda h: h.part(shift=512), "sent the bytes 512-4607 where 0-4095 were asked for"),
     "no-range": (lambda h: h.part(headers={"Content-Range": ""}), "did not say which part"),
+    "several-ranges": (
+        lambda h: h.part(headers={"Content-Range": "", "Content-Type": "multipart/byteranges; boundary=x"}),
+        "did not say which part",
+    ),
     "nonsense-range": (lambda h: h.part(headers={"Content-Range": "bytes 0-x/y"}), "did not say which part"),
     "all-of-it": (lambda h: h.answer(200, CONTENT), "sent all of the file where a part was asked for"),
     "compressed": (lambda h: h.part(headers={"Content-Encoding": "br"}), r"compressed \(br\)"),
@@ -85,6 +89,15 @@ async def test_a_fault_that_may_pass_is_not_seen_above(scripted: ScriptedWeb, fa
     assert await read(backing, 5000, 10) == CONTENT[5000:5010]
     scripted.script.append(PASSING[fault][0])
     assert await read(backing, 0, 4096) == PART
+    await backing.aclose()
+
+
+async def test_a_server_that_stops_sending_parts_is_refused_once_it_is_asked_anew(scripted: ScriptedWeb) -> None:
+    backing = backing_at(scripted.url + "/base.raw")
+    assert await read(backing, 0, 4096) == PART
+    scripted.always = lambda h: h.answer(200, CONTENT)
+    with trio.fail_after(10), pytest.raises(BackingRefused, match="the server sends no parts of a file"):
+        await read(backing, 5000, 10)
     await backing.aclose()
 
 

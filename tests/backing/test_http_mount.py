@@ -114,14 +114,41 @@ def test_an_outage_stalls_reads_and_heals_and_what_is_local_is_served_throughout
         (status(401), "it wants credentials (status 401)"),
     ],
 )
-def test_a_server_that_cannot_be_a_backing_is_one_line(
+def test_a_server_that_cannot_be_a_backing_is_one_line_from_create_and_from_mount(
     scripted: ScriptedWeb, tmp_path: Path, act: Act, why: str
 ) -> None:
+    name, made = f"{scripted.url}/base.raw?sig=secret", tmp_path / "made.qed"
+    qedfs("create", "-b", name, made)
     scripted.always = act
-    said = refused("create", "-b", f"{scripted.url}/base.raw?sig=secret", tmp_path / "leaf.qed")
-    assert why in said
-    assert "secret" not in said
+    for said in (refused("create", "-b", name, tmp_path / "leaf.qed"), mount_refused(made, tmp_path / "mnt")):
+        assert why in said
+        assert "secret" not in said
     assert not (tmp_path / "leaf.qed").exists()
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_name_that_expires_while_mounted_is_told_and_what_is_local_stays(
+    scripted: ScriptedWeb, tmp_path: Path, code: int
+) -> None:
+    scripted.content = CONTENT
+    leaf = tmp_path / "leaf.qed"
+    qedfs("create", "-b", f"{scripted.url}/base.raw?sig=secret", leaf)
+    with mounted(leaf, tmp_path / "mnt", "readahead=0,boot_profile=off,reserve=0") as mnt:
+        disk = mnt / "leaf.raw"
+        with disk.open("rb", buffering=0) as file:
+            assert file.read(64 * KIB) == CONTENT[: 64 * KIB]
+            scripted.always = status(code)
+            file.seek(3 * MIB)
+            with pytest.raises(OSError, match="Input/output error"):
+                file.read(64 * KIB)
+            file.seek(0)
+            assert file.read(64 * KIB) == CONTENT[: 64 * KIB]
+        qedfs("set", disk, "mode=stream")
+        error = attribute(disk, "last_error")
+        assert f"(status {code})" in error
+        assert "secret" not in error
+        assert attribute(disk, "state") == "backing-error"
+        assert f"(status {code})" in qedfs("wait", disk, status=1)[1]
 
 
 def test_a_redirect_to_signed_urls_that_expire_is_not_noticed(scripted: ScriptedWeb, tmp_path: Path) -> None:
