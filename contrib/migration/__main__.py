@@ -46,14 +46,14 @@ def rounds(first: int, seeds: int, faults: bool, on_qedfs: bool) -> Iterator[tup
     if faults:
         plans += [(first, BEFORE, None), *((first, (), fault) for fault in DURING)]
     for seed, stays, move in plans:
-        with tempfile.TemporaryDirectory(prefix="qedfs-migration-") as folder:
+        with tempfile.TemporaryDirectory(prefix="qedfs-migration-", ignore_cleanup_errors=True) as folder:
             try:
                 story = tell_story(guest, Path(folder), seed, stays, move, on_qedfs=on_qedfs)
                 yield from ((seed, told) for told in story)
             except (MigrationError, BootError) as error:
                 yield seed, Told("none" if move is None else str(move), f"FAILED: {error}", lost=1)
     if faults:
-        with tempfile.TemporaryDirectory(prefix="qedfs-migration-") as folder:
+        with tempfile.TemporaryDirectory(prefix="qedfs-migration-", ignore_cleanup_errors=True) as folder:
             try:
                 yield first, lose_the_disk(guest, Path(folder), first)
             except (MigrationError, BootError) as error:

@@ -109,7 +109,11 @@ class Machine:
 
 @contextmanager
 def machine(guest: Guest, initramfs: Path, disk: Path, seed: int, name: str, *more: str) -> Iterator[Machine]:
-    """Run a QEMU with the raw `disk` as its only one; it is killed at the end of the block."""
+    """Run a QEMU with the raw `disk` as its only one; it is killed at the end of the block.
+
+    With an odd seed through the kernel's cache, with an even one past it.
+    """
+    direct = "off" if seed % 2 else "on"
     folder = initramfs.parent
     qmp, second = folder / f"{name}.qmp", folder / f"{name}.qmp2"
     command = (
@@ -117,8 +121,8 @@ def machine(guest: Guest, initramfs: Path, disk: Path, seed: int, name: str, *mo
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"),
         *("-kernel", str(guest.kernel), "-initrd", str(initramfs)),
         *("-append", f"console=ttyS0 panic=-1 quiet seed={seed}"),
-        *("-blockdev", f"driver=file,node-name=file,filename={disk},cache.direct=on"),
-        *("-blockdev", "driver=raw,node-name=disk,file=file,cache.direct=on"),
+        *("-blockdev", f"driver=file,node-name=file,filename={disk},cache.direct={direct}"),
+        *("-blockdev", f"driver=raw,node-name=disk,file=file,cache.direct={direct}"),
         *("-device", "virtio-blk-pci,drive=disk"),
         *(word for path in (qmp, second) for word in ("-qmp", f"unix:{path},server=on,wait=off")),
         *more,

@@ -206,3 +206,15 @@ def memory_link(rig: Rig) -> Iterator[Carrying]:
     """Have a link to where the destination listens for the memory."""
     with link(str(rig.folder / "memory.sock"), 0, ROUND_TRIP) as carrying:
         yield carrying
+
+
+@contextmanager
+def being_read(disk: Path) -> Iterator[None]:
+    """Have all of `disk` read over and over, by a process of its own."""
+    with subprocess.Popen([sys.executable, "-m", "contrib.migration.reader", disk]) as process:
+        try:
+            yield
+            if process.poll() is not None:
+                raise MigrationError("a read of the disk has failed")
+        finally:
+            process.kill()

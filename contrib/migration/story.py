@@ -14,7 +14,7 @@ from contrib.boot.guest import Guest, run
 from contrib.migration import records
 from contrib.migration.faults import AFTER, Fault, Scene
 from contrib.migration.guest import Machine, MigrationError, until
-from contrib.migration.rig import QEDFS, SLOTS, ByQedfs, Rig, memory_link, migrating, rig
+from contrib.migration.rig import QEDFS, SLOTS, ByQedfs, Rig, being_read, memory_link, migrating, rig
 from qedfs.migrate.plan import Phase
 
 BEFORE, BETWEEN, BEHIND = 150, 60, 200
@@ -50,7 +50,7 @@ def told_phase(phase: Phase) -> str:
 @contextmanager
 def attempt(rig: Rig, fault: Fault | None) -> Iterator[Attempt]:
     """Migrate, with a fault in it, to the end of the command; the destination lives as long as the block."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, ExitStack() as before_the_end:
         memory = stack.enter_context(memory_link(rig))
         moving = stack.enter_context(migrating(rig, memory))
         destination: Machine | None = None
@@ -65,7 +65,12 @@ def attempt(rig: Rig, fault: Fault | None) -> Iterator[Attempt]:
                     moving.go_on()
             if phase is Phase.DESTINATION:
                 destination = stack.enter_context(rig.destination())
+                if fault is None:
+                    # Nothing that is read this early may come to the guest's eyes. (With a fault such a reader would get
+                    # stuck, and keep the mount busy.)
+                    before_the_end.enter_context(being_read(rig.raw))
         status, said = moving.end()
+        before_the_end.close()
         yield Attempt(status, said, destination)
 
 
