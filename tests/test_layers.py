@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qedfs"
 ORDER = [
     "errors",
     "config",
+    "turns",
     "nbd",
     "image",
     "backing",

@@ -16,6 +16,7 @@ from qedfs.disk.reserve import Room
 from qedfs.errors import LeafError, LeafFull, QedfsError
 from qedfs.image.image import Image
 from qedfs.image.tables import Run, State
+from qedfs.turns import take_turn
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Copies:
         try:
             if not await self._has_room((fetch.end - fetch.first) * self._cluster_size):
                 return
+            await take_turn()
             with self._claims.hold_unclaimed(fetch.first, self._still_inside(fetch)) as parts:
                 for first, stop in parts:
                     await self._copy_claimed(fetch, first, stop)

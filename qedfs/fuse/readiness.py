@@ -20,11 +20,14 @@ import select
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import pyfuse3
 import trio
+
+from qedfs.turns import Turns, beside
 
 LOOP_INTERVAL = 500e-6
 """Seconds between passes through the event loop while requests keep coming: the longest that sockets, timers and threads
@@ -52,9 +55,12 @@ def short_waits(poll: int, *, first: Callable[[], bool] = lambda: True) -> Itera
     names = vars(pyfuse3)
     # Polling on the only processor would keep the client from making its next request.
     several = len(os.sched_getaffinity(0)) > 1
-    names["trio"] = _Namespace(ShortWait(poll * 1e-6 if several else 0.0, first=first))
+    wait = ShortWait(poll * 1e-6 if several else 0.0, first=first)
+    turns = Turns(wait.ready)
+    names["trio"] = _Namespace(wait, partial(ShortLock, before_pass=turns.grant))
     try:
-        yield
+        with beside(turns):
+            yield
     finally:
         names["trio"] = trio
 
@@ -81,6 +87,10 @@ class ShortWait:
         self._polls: dict[int, Callable[[int], object]] = {}
         self._close_by = False
         self._resume = 0.0
+
+    def ready(self) -> bool:
+        """Whether a descriptor that is waited for is readable now."""
+        return any(ready(0) for ready in self._polls.values())
 
     async def __call__(self, fd: int) -> None:
         if self._first is not None and self._first():
@@ -120,7 +130,11 @@ class ShortLock:
     not run yet. pyfuse3's workers are equals, so only the work counts, not who does it.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, *, before_pass: Callable[[], object] = lambda: None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`before_pass` is called before each pass through the event loop."""
+        self._before_pass = before_pass
         self._held = False
         self._clock = clock
         self._next_pass = 0.0
@@ -128,6 +142,7 @@ class ShortLock:
 
     async def __aenter__(self) -> None:
         if self._clock() >= self._next_pass:
+            self._before_pass()
             await trio.lowlevel.checkpoint()
             self._next_pass = self._clock() + LOOP_INTERVAL
         while self._held:
@@ -146,9 +161,9 @@ class ShortLock:
 class _Namespace:
     """`trio`, as pyfuse3 sees it."""
 
-    def __init__(self, wait_readable: ShortWait) -> None:
+    def __init__(self, wait_readable: ShortWait, lock: Callable[[], ShortLock]) -> None:
         self.lowlevel = _Lowlevel(wait_readable)
-        self.Lock = ShortLock
+        self.Lock = lock
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio, name)

@@ -33,6 +33,7 @@ from qedfs.nbd.errors import NbdDisconnected, NbdError, NbdProtocolError, NbdTls
 from qedfs.nbd.negotiation import SERVER, Agreement, ClientHandshake
 from qedfs.nbd.tls import TlsSocket, client_context
 from qedfs.nbd.transmission import ClientTransmission, Request
+from qedfs.turns import take_turn
 
 SILENCE = 30.0
 """Seconds without a byte while answers are due until a connection counts as lost. Longer than a disk that spins up or a
@@ -265,8 +266,14 @@ class Connection:
         self._driven = True
         try:
             while not request.done and self._failure is None:
-                await self._readable()
-                self._receive(request)
+                # One scope for many receptions: making one costs as much as a small answer. So it ends too early when
+                # something was heard under it, and the next one is longer.
+                with trio.CancelScope(deadline=self._heard + SILENCE) as patience:
+                    await self._move_until(request)
+                if patience.cancelled_caught:
+                    self._receive(request)  # nobody may have listened for a while
+                    if trio.current_time() >= self._heard + SILENCE:
+                        raise NbdDisconnected(SERVER, f"was silent for {SILENCE:.0f} seconds")
         except NbdError as failure:
             self.close(failure)
         finally:
@@ -274,22 +281,21 @@ class Connection:
             if self._parked:
                 self._wake(next(iter(self._parked)))
 
-    async def _readable(self) -> None:
-        """Wait until there is something to receive, or raise if the silence has lasted too long.
+    async def _move_until(self, request: Request) -> None:
+        while not request.done and self._failure is None:
+            await self._readable()
+            await take_turn()
+            self._receive(request)
 
-        The deadline may have passed before: then nobody listened. Trio looks at sockets before it looks at deadlines, so
-        what has arrived meanwhile is still found.
-        """
+    async def _readable(self) -> None:
+        """Wait until there is something to receive."""
         if self._pending is not None and self._pending():
             await trio.lowlevel.checkpoint()
             return
-        with trio.CancelScope(deadline=self._heard + SILENCE) as patience:
-            try:
-                await trio.lowlevel.wait_readable(self._socket)
-            except trio.ClosedResourceError:
-                pass
-        if patience.cancelled_caught:
-            raise NbdDisconnected(SERVER, f"was silent for {SILENCE:.0f} seconds")
+        try:
+            await trio.lowlevel.wait_readable(self._socket)
+        except trio.ClosedResourceError:
+            pass
 
     def _receive(self, mine: Request) -> None:
         """Take what has arrived, until it is all or `mine` is complete."""

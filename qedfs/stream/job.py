@@ -22,6 +22,7 @@ from qedfs.stream.cursor import Cursor
 from qedfs.stream.flow import Flow
 from qedfs.stream.machine import Machine
 from qedfs.stream.pace import Limits, Pace, Why
+from qedfs.turns import take_turn
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +203,7 @@ class Job:
 
     async def _go(self, populate: Populate, pieces: trio.Nursery) -> None:
         """Start one piece, or wait for what it needs."""
+        await take_turn()
         now = trio.current_time()
         self._decide(now)
         pause = max(
@@ -279,6 +281,7 @@ class Job:
         answered = False
         try:
             try:
+                await take_turn()
                 # Looked up again: what has become local while it waited for its turn is left out.
                 bringing = populate.bring(list(populate.missing(*taken)))
                 await bringing.arrived()

@@ -30,6 +30,7 @@ from qedfs.nbd.address import NbdAddress, parse_address
 from qedfs.nbd.constants import TransmissionFlag
 from qedfs.nbd.negotiation import Agreement, BlockSizes, ServerHandshake
 from qedfs.nbd.serving import Answers, Asked, ServerTransmission
+from qedfs.turns import Turns, beside
 
 MIB = 1 << 20
 
@@ -513,6 +514,20 @@ async def test_connections_that_break_again_and_again_may_pass(tmp_path: Path) -
     async with scripted(tmp_path / "s", session) as address, opened(address) as source:
         with pytest.raises(BackingUnavailable, match="closed the connection"):
             await read(source, 0, 512)
+
+
+async def test_a_long_answer_is_taken_in_short_steps_each_of_which_asks_for_its_turn(tmp_path: Path) -> None:
+    asked = 0
+
+    def waiting() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    async with scripted(tmp_path / "s", well_behaved) as address, opened(address) as source:
+        with beside(Turns(waiting)):
+            assert await read(source, 0, 4 * MIB) == pattern(0, 4 * MIB)
+    assert asked >= 4 * MIB // (128 << 10)
 
 
 async def test_silent_server_counts_as_lost(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

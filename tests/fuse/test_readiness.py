@@ -10,9 +10,10 @@ from pathlib import Path
 import pyfuse3
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import assert_checkpoints, assert_no_checkpoints, wait_all_tasks_blocked
 
 from qedfs.fuse.readiness import LOOP_INTERVAL, ShortLock, ShortWait, short_waits, waits_as_known
+from qedfs.turns import take_turn
 from tests.fuse.conftest import Mount
 
 LIMIT = 30e-6
@@ -139,6 +140,31 @@ async def test_the_lock_excludes_and_hands_over() -> None:
     assert inside == []
 
 
+async def test_before_each_pass_a_step_of_others_is_granted() -> None:
+    time = Time()
+    granted: list[float] = []
+    lock = ShortLock(before_pass=lambda: granted.append(time.now), clock=time)
+    for _ in range(10):
+        async with lock:
+            time.now += LOOP_INTERVAL / 4
+    assert granted == pytest.approx([1000.0, 1000.0 + LOOP_INTERVAL, 1000.0 + 2 * LOOP_INTERVAL])
+
+
+async def test_others_stand_aside_while_a_request_waits_that_has_not_been_read(rig: Rig) -> None:
+    with short_waits(0):
+        os.write(rig.writer, b"x")
+        await vars(pyfuse3)["trio"].lowlevel.wait_readable(rig.reader)
+        with assert_checkpoints():
+            await take_turn()
+        os.read(rig.reader, 1)
+        with assert_no_checkpoints():
+            await take_turn()
+        os.write(rig.writer, b"x")
+        async with vars(pyfuse3)["trio"].Lock():  # which passes through the event loop first
+            with assert_no_checkpoints():
+                await take_turn()
+
+
 async def test_a_cancelled_waiter_leaves_the_lock_to_the_others() -> None:
     lock = ShortLock()
     done: list[str] = []
@@ -181,13 +207,13 @@ async def test_other_tasks_run_within_one_interval() -> None:
     assert 100 // 8 - 2 <= len(turns) <= 100 // 8 + 2
 
 
-def test_the_namespace_is_trio_but_for_two_names() -> None:
+async def test_the_namespace_is_trio_but_for_two_names() -> None:
     with short_waits(30):
         namespace = vars(pyfuse3)["trio"]
         assert namespace.open_nursery is trio.open_nursery
         assert namespace.ClosedResourceError is trio.ClosedResourceError
         assert namespace.lowlevel.current_task is trio.lowlevel.current_task
-        assert namespace.Lock is ShortLock
+        assert isinstance(namespace.Lock(), ShortLock)
         assert isinstance(namespace.lowlevel.wait_readable, ShortWait)
     assert vars(pyfuse3)["trio"] is trio
 

@@ -21,6 +21,7 @@ from qedfs.stream.idle import Sample
 from qedfs.stream.job import Job
 from qedfs.stream.machine import Machine
 from qedfs.stream.profile import Part, Recorder, clusters
+from qedfs.turns import MOST_PASSES, Turns, beside
 from tests.image.memory_storage import MemoryStorage
 from tests.model.fake_source import FakeSource
 from tests.model.memory_disk import MemoryDisk, empty_image, memory_disk, pattern
@@ -161,6 +162,23 @@ async def test_paused_is_shown_and_nothing_is_asked_meanwhile(autojump_clock: tr
         assert (r.state, len(r.source.requests)) == ("paused", asked)
         r.job.paused = False
         await r.until("complete")
+
+
+async def test_every_piece_and_every_copy_is_a_step_that_asks_for_its_turn(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    asked = 0
+
+    def waiting() -> bool:
+        nonlocal asked
+        asked += 1
+        return True
+
+    source = slow(FakeSource(BASE), 0.05)
+    with beside(Turns(waiting)):
+        async with rig(await storage(), source) as r:
+            await r.until("complete")  # though a request of a guest waits all the while
+    assert asked >= MOST_PASSES * 3 * len(source.requests)  # what next, the fetch, its copy
 
 
 async def test_a_cap_and_a_floor_are_kept(autojump_clock: trio.testing.MockClock) -> None:
