@@ -28,7 +28,19 @@ from hypothesis import HealthCheck, settings
 # The programs that judge qedfs. Without them most tests could only be skipped, which would look like success.
 TOOLS = (
     *("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon", "qemu-system-x86_64", "linux.uml"),
-    *("nbdkit", "nbdcopy", "nbdinfo", "openssl", "fio", "strace", "fusermount3", "getfattr", "setfattr", "mke2fs"),
+    *(
+        "nbdkit",
+        "nbdcopy",
+        "nbdinfo",
+        "openssl",
+        "fio",
+        "strace",
+        "systemd-analyze",
+        "fusermount3",
+        "getfattr",
+        "setfattr",
+        "mke2fs",
+    ),
 )
 
 # No deadline anywhere: examples do real I/O on machines that do other things too.

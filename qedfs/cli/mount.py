@@ -9,6 +9,7 @@ import click
 
 from qedfs.config import parse_mount_options
 from qedfs.session.daemon import Ready, in_background
+from qedfs.session.notify import Manager
 from qedfs.session.places import real_mountpoint
 
 
@@ -38,6 +39,7 @@ def mount(
     sloppy: bool = False,
 ) -> int:
     """Mount as the command line says; return the exit status. Shared with mount(8)'s helper."""
+    manager = Manager.named_by(os.environ)
     parsed = parse_mount_options(options, sloppy=sloppy)
     # Absolute before anything else: the background process leaves the working directory.
     log_file = os.path.abspath(log_file) if log_file else None
@@ -54,9 +56,11 @@ def mount(
 
         def usable() -> None:
             ready()
-            if not foreground:
+            if foreground:
+                manager.usable()
+            else:
                 log.leave_terminal()
 
-        return run_mount(Mount(*absolute, parsed), usable)
+        return run_mount(Mount(*absolute, parsed), usable, manager)
 
-    return serve(lambda: None) if foreground else in_background(serve)
+    return serve(lambda: None) if foreground else in_background(serve, manager.served_by)

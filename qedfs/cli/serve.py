@@ -10,6 +10,7 @@ import trio
 from qedfs.config import read_secret
 from qedfs.errors import UsageError, printable
 from qedfs.nbd.constants import DEFAULT_PORT
+from qedfs.session.notify import Manager
 from qedfs.session.serving import Service, serve_image
 
 
@@ -64,7 +65,13 @@ def command(
     service = Service(
         image, format_, name, socket_path, host, port, insecure, certificates, verify_peer, secret=passphrase
     )
-    trio.run(serve_image, service, lambda uri: click.echo(printable(uri)))
+    manager = Manager.named_by(os.environ)
+
+    def usable(uri: str) -> None:
+        click.echo(printable(uri))
+        manager.usable()
+
+    trio.run(serve_image, service, usable)
 
 
 def _address(listen: str) -> tuple[str, int]:

@@ -19,8 +19,10 @@ Ready = Callable[[], None]
 """Called once by a server when it is usable. Raises OSError when nobody waits for that any more."""
 
 
-def in_background(serve: Callable[[Ready], int]) -> int:
+def in_background(serve: Callable[[Ready], int], usable: Callable[[int], None] = lambda pid: None) -> int:
     """Fork; return the exit status in the parent, and what `serve` returns in the child, which may also raise.
+
+    `usable` is called in the parent, with the pid of the child, before it returns 0.
 
     Nothing tells the caller which of the two it is: both have only to report and to exit.
     To be called with one thread and before anything is opened that must live on: descriptors above 2 are closed in the
@@ -34,16 +36,17 @@ def in_background(serve: Callable[[Ready], int]) -> int:
     child = os.fork()
     if child:
         os.close(writing)
-        return _wait_until_usable(child, reading, signals)
+        return _wait_until_usable(child, reading, signals, usable)
     signal.pthread_sigmask(signal.SIG_SETMASK, signals)
     return _serve_detached(serve, writing)
 
 
-def _wait_until_usable(child: int, pipe: int, signals: set[int]) -> int:
+def _wait_until_usable(child: int, pipe: int, signals: set[int], usable: Callable[[int], None]) -> int:
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         with open(pipe, "rb", closefd=True) as answers:
             if answers.read(1) == _USABLE:
+                usable(child)
                 return 0
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     except BaseException:

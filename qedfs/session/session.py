@@ -25,6 +25,7 @@ from qedfs.fuse.unmount import unmount
 from qedfs.session.admission import Terms
 from qedfs.session.boot_profile import check_profile_place
 from qedfs.session.leaving import unmount_when_complete
+from qedfs.session.notify import Manager, tell_status
 from qedfs.session.places import check_places
 from qedfs.session.roster import Roster
 from qedfs.session.shared_cache import open_shared_caches
@@ -46,8 +47,10 @@ class Mount:
     options: MountOptions
 
 
-def run_mount(mount: Mount, ready: Callable[[], None]) -> int:
+def run_mount(mount: Mount, ready: Callable[[], None], manager: Manager) -> int:
     """Serve `mount` until it is unmounted, calling `ready` once it is usable. Return the exit status.
+
+    `manager` is told how it goes, and when it ends; not that it is usable, which is up to `ready`.
 
     Raises:
         QedfsError: it cannot be mounted, or a leaf named as a source cannot be served.
@@ -60,19 +63,19 @@ def run_mount(mount: Mount, ready: Callable[[], None]) -> int:
         usable = True
 
     try:
-        return trio.run(_run, mount, tell)
+        return trio.run(_run, mount, tell, manager)
     except BaseException:
         if usable:  # before that, the caller is there to be told
             log.critical("%s: ended by an internal error", mount.mountpoint, exc_info=True)
         raise
 
 
-async def _run(mount: Mount, ready: Callable[[], None]) -> int:
-    ending = _Ending(mount.mountpoint)
+async def _run(mount: Mount, ready: Callable[[], None], manager: Manager) -> int:
+    ending = _Ending(mount.mountpoint, manager)
     with trio.open_signal_receiver(*_SIGNALS) as signals:
         async with trio.open_nursery() as listening:
             listening.start_soon(ending.obey, signals)
-            status = await _serve(mount, ready, ending)
+            status = await _serve(mount, ready, ending, manager)
             listening.cancel_scope.cancel()
     return ending.status or status
 
@@ -89,17 +92,20 @@ class _Ending:
     Nothing, because what is mounted there by then may be another's.
     """
 
-    def __init__(self, mountpoint: str) -> None:
+    def __init__(self, mountpoint: str, manager: Manager) -> None:
         self.status = 0
         """The exit status that a signal has caused."""
         self.starting = trio.CancelScope()
         self._mountpoint = mountpoint
+        self._manager = manager
         self._phase = _Phase.STARTING
 
     def mounted(self) -> None:
         self._phase = _Phase.MOUNTED
 
     def unmounted(self) -> None:
+        if self._phase is _Phase.MOUNTED:
+            self._manager.stopping()
         self._phase = _Phase.ENDING
 
     async def obey(self, signals: AsyncIterator[int]) -> None:
@@ -146,7 +152,7 @@ def _opened(mount: Mount) -> Iterator[_Opened]:
         yield opened
 
 
-async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending) -> int:
+async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending, manager: Manager) -> int:
     with _opened(mount) as opened:
         async with (
             open_streams(mount.options) as streams,
@@ -164,6 +170,7 @@ async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending) -> in
                             mounted.start_soon(folder.watch, roster)
                         if (grace := mount.options.unmount_grace) is not None:
                             mounted.start_soon(unmount_when_complete, roster.tree, mount.mountpoint, grace)
+                        mounted.start_soon(tell_status, manager, lambda: roster.tree.leaves)
                         await _tell(ready, ending)
             finally:
                 ending.unmounted()
