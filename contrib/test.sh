@@ -27,7 +27,7 @@ for name in ("pyfuse3", "trio", "numpy", "pytest", "hypothesis"): print(f"{name:
 cd "$root"
 # The tests of boots and of libvirt bring their own lists. qemu-system-common has qemu-storage-daemon.
 # shellcheck disable=SC2046  # one package a line
-need_packages fuse3 attr fio libnbd-bin nginx openssl qemu-system-common shellcheck strace systemd $(cat contrib/boot/packages contrib/libvirt/packages)
+need_packages fuse3 attr fio libnbd-bin nginx openssl qemu-system-common shellcheck strace systemd xfsprogs $(cat contrib/boot/packages contrib/libvirt/packages)
 # The boot test has apt download a kernel, for which apt must know one.
 ! command -v apt-cache >/dev/null || apt-cache show busybox-static >/dev/null 2>&1 || update_lists
 need_fuse_device

@@ -127,6 +127,10 @@ class NotAllowed(BackingRefused):
     errno = _errno.EACCES
 
 
+class OutputError(QedfsError):
+    """The file that a command was to write cannot be made, or not to its end; nothing of it is left."""
+
+
 class MountError(QedfsError):
     """The mount cannot be made, or cannot be ended."""
 

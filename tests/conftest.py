@@ -40,6 +40,7 @@ TOOLS = (
         "getfattr",
         "setfattr",
         "mke2fs",
+        "mkfs.xfs",
     ),
 )
 

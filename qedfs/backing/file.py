@@ -92,6 +92,16 @@ class FileSource(Source):
             return merged([Extent(length, False)])
         return await self._in_thread(lambda: self._seek_holes(pos, length))
 
+    async def with_descriptor(self, function: Callable[[int], T]) -> T:
+        """Return what `function` makes of the open descriptor, in a thread; it is not closed meanwhile.
+
+        Raises:
+            BackingChanged: what was found there may be of another content than the one that was opened.
+        """
+        answer = await self._in_thread(lambda: function(self._fd))
+        self._check_unchanged()
+        return answer
+
     async def aclose(self) -> None:
         if not self._closed:
             self._closed = True

@@ -186,6 +186,14 @@ class Backing:
 
         return await self._retried(ask)
 
+    async def source(self) -> Source:
+        """Return what is connected now, for what only a source of its kind can do. Raises as `read_into`."""
+
+        async def ask(source: Source) -> Source:
+            return source
+
+        return await self._retried(ask)
+
     @property
     def refused(self) -> bool:
         """Whether it failed for good, until `reset`."""

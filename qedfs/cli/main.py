@@ -30,6 +30,7 @@ COMMANDS = {
     "info": "Show header, sizes and backing chain.",
     "map": "Show which parts of an image are local.",
     "check": "Look for inconsistencies, and repair them.",
+    "export": "Write the disk of a leaf as a raw file.",
     "rebase": "Change the reference to the backing.",
     "serve": "Serve an image read-only by NBD.",
     "migrate": "Move a running machine to this host, its disk afterwards.",

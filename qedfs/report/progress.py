@@ -51,6 +51,11 @@ class Screen:
                 self._said[image.path] = line
                 self._console.out(line, highlight=False)
 
+    @property
+    def live(self) -> bool:
+        """Whether it is a terminal, on which one view replaces another."""
+        return self._live is not None
+
     def note(self, text: str) -> None:
         """Show a passing `text` until there is more to show; where there is no terminal, nothing."""
         if self._live is not None:

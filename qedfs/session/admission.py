@@ -50,7 +50,7 @@ NO_ROOM = "no room in its header to note what its backing is; a change will go u
 
 @dataclass(frozen=True)
 class Terms:
-    """What holds for all leaves of a mount. `mountpoint` is a real path: no backing may lie below it.
+    """What holds for all leaves of a mount. `mountpoint` is a real path: no backing may lie below it; empty for no mount.
 
     `caches` are between the leaves and their remote backings, if there shall be any.
     """
@@ -64,7 +64,7 @@ class Terms:
         return Policy(
             mounter=self.uid,
             allow_backing=self.options.allow_backing,
-            forbidden_roots=(self.mountpoint,),
+            forbidden_roots=(self.mountpoint,) if self.mountpoint else (),
             connections=self.options.connections,
             secret=self.options.secret,
         )
@@ -90,7 +90,7 @@ async def admitted(path: str, terms: Terms) -> AsyncIterator[Admitted]:
     image = await _open_image(storage, terms.mountpoint)
     # Ordering: the disk's copies end, then the image is committed and closed, then nobody reads the backing any more.
     async with AsyncExitStack() as opened:
-        backing = _backing_of(image, storage, terms) if image.backing_name else None
+        backing = backing_of(image, storage, terms) if image.backing_name else None
         if backing:
             opened.push_async_callback(_shielded, backing.aclose)
         opened.push_async_callback(_shielded, image.aclose)
@@ -128,7 +128,8 @@ async def _open_image(storage: FileStorage, mountpoint: str) -> Image:
         raise
 
 
-def _backing_of(image: Image, storage: FileStorage, terms: Terms) -> Backing:
+def backing_of(image: Image, storage: FileStorage, terms: Terms) -> Backing:
+    """Return the backing that `image`, open as `storage`, names, not connected yet. It is to be what was pinned."""
     pin = image.record.pin_of(image.backing_name)
     stored = "raw" if image.header.backing_is_raw else pin.format if pin else None
     # From the open file, not from its path: whose image is it that names the backing?

@@ -104,7 +104,7 @@ def served(leaf: Path, point: Path, *options: str) -> Iterator[Disk]:
 
 @contextlib.contextmanager
 def file_system(kind: str, point: Path, size: int) -> Iterator[Path]:
-    """Have a new file system of `size` bytes, `tmpfs` or an ext one in a file, mounted while inside. Needs root."""
+    """Have a new file system of `size` bytes, `tmpfs` or one in a file (ext4, xfs, vfat), mounted while inside. Needs root."""
     point.mkdir()
     if kind == "tmpfs":
         run("mount", "-t", "tmpfs", "-o", f"size={size}", "none", point)
@@ -112,7 +112,8 @@ def file_system(kind: str, point: Path, size: int) -> Iterator[Path]:
         image = point.with_name(f"{point.name}.image")
         with image.open("wb") as file:
             file.truncate(size)
-        run("mke2fs", "-q", "-t", kind, "-m", "0", image)
+        ext = kind.startswith("ext")
+        run(*(("mke2fs", "-q", "-t", kind, "-m", "0") if ext else (f"mkfs.{kind}",)), image)
         run("mount", "-o", "loop", image, point)
     try:
         yield point
