@@ -7,11 +7,18 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import Any
 
+import numpy as np
+
 from qedfs.image.image import Image
 from qedfs.image.tables import Run, State
+from qedfs.report import png
 
 _WORDS = {State.DATA: "data", State.ZERO: "zero", State.BACKING: "backing"}
 _SHADES = " ░▒▓█"
+DATA, ZERO, BACKING = np.array([[0, 68, 136]]), np.array([[153, 187, 221]]), np.array([[238, 238, 238]])
+"""Colours of states, red, green, blue: dark, medium and very light, also for those who see no colours."""
+SQUARE = 4
+"""Pixels of a place of the PNG, in both directions."""
 
 
 async def joined_runs(image: Image) -> AsyncGenerator[Run, None]:
@@ -58,11 +65,12 @@ def run_json(run: Run, *, has_backing: bool) -> str:
 
 
 class Picture:
-    """The disk as `cells` characters, each the darker the more of its part is in the image."""
+    """The disk as `cells` places: how much of each is in the image. As characters, each the darker the more it is."""
 
     def __init__(self, size: int, cells: int) -> None:
         self._size = size
         self._local = [0.0] * cells
+        self._data = [0.0] * cells
 
     def add(self, run: Run) -> None:
         """Note a run of the disk."""
@@ -72,12 +80,22 @@ class Picture:
         pos, end = run.pos, run.pos + run.length
         for cell in range(pos * cells // self._size, min(cells, -(-end * cells // self._size))):
             start, stop = cell * self._size / cells, (cell + 1) * self._size / cells
-            self._local[cell] += max(0.0, min(end, stop) - max(pos, start)) / (stop - start)
+            share = max(0.0, min(end, stop) - max(pos, start)) / (stop - start)
+            self._local[cell] += share
+            self._data[cell] += share if run.state is State.DATA else 0.0
 
     def lines(self, width: int) -> Iterable[str]:
         """Yield the picture in lines of `width` characters."""
         for first in range(0, len(self._local), width):
             yield "".join(_shade(local) for local in self._local[first : first + width])
+
+    def png(self, width: int) -> bytes:
+        """Return the picture as a PNG of `width` places in a row: each a square in the mixture of the colours of its states."""
+        data = np.clip(self._data, 0, 1)[:, None]
+        zero = np.clip(self._local, 0, 1)[:, None] - data
+        colours = np.round(data * DATA + zero * ZERO + (1 - data - zero) * BACKING).astype(np.uint8)
+        squares = colours.reshape(-1, width, 3).repeat(SQUARE, axis=0).repeat(SQUARE, axis=1)
+        return png.encode(squares)
 
 
 def _shade(local: float) -> str:

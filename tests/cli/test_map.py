@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.cli.commands import mounted, qedfs, refused
 from tests.image.qemu import entry, poke, qemu_img, qemu_io
@@ -72,3 +73,44 @@ def test_a_corrupt_entry_ends_the_list_with_an_error(leaf: Path) -> None:
 def test_wrong_usage_is_one_line() -> None:
     refused("map")
     refused("map", "missing")
+
+
+def pixels(path: Path) -> list[list[tuple[int, int, int]]]:
+    """Decode the PNG with another program than ours."""
+    with Image.open(path) as picture:
+        assert (picture.format, picture.mode) == ("PNG", "RGB")
+        picture.load()
+        width, height = picture.size
+        data = picture.tobytes()
+    flat = [(data[i], data[i + 1], data[i + 2]) for i in range(0, len(data), 3)]
+    return [flat[row * width : (row + 1) * width] for row in range(height)]
+
+
+def test_png_shows_each_state_where_it_is(tmp_path: Path) -> None:
+    qedfs("create", "-s", "2G", "two.qed")  # a cluster for each square
+    qemu_io(Path("two.qed"), "write 64k 64k", "write -z 16M 64k", "write 2097088k 64k")
+    assert qedfs("map", "--png", "map.png", "two.qed") == ("", "")
+    rows = pixels(tmp_path / "map.png")
+    assert (len(rows), len(rows[0])) == (512, 1024)
+    data, zero, backing = (0, 68, 136), (153, 187, 221), (238, 238, 238)
+    assert rows[0][:9] == [backing] * 4 + [data] * 4 + [backing]
+    assert rows[-1][-5:] == [backing] + [data] * 4
+    squares = [rows[4 * (i // 256)][4 * (i % 256)] for i in range(256 * 128)]
+    assert [i for i, square in enumerate(squares) if square == data] == [1, 32767]
+    assert [i for i, square in enumerate(squares) if square == zero] == [256]
+
+
+def test_png_replaces_a_picture_and_nothing_else(leaf: Path, tmp_path: Path) -> None:
+    qedfs("map", "--png", "map.png", leaf)
+    first = (tmp_path / "map.png").read_bytes()
+    qemu_io(leaf, "write 1g 512M")
+    qedfs("map", "--png", "map.png", leaf)
+    assert (tmp_path / "map.png").read_bytes() != first
+    before = leaf.read_bytes()[:4096]
+    assert refused("map", "--png", leaf, leaf) == f"qedfs: {leaf}: exists, and is no PNG"
+    assert leaf.read_bytes()[:4096] == before
+    assert "is no regular file" in refused("map", "--png", ".", leaf)
+    assert "exclude each other" in refused("map", "--json", "--png", "other.png", leaf)
+    qedfs("create", "-s", "0", "empty.qed")
+    qedfs("map", "--png", "empty.png", "empty.qed")
+    assert {*pixels(tmp_path / "empty.png")[0]} == {(238, 238, 238)}
