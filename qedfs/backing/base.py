@@ -51,6 +51,9 @@ class Source(ABC):
     live: bool = False
     """Whether every read asks for the bytes as they are now; not if a part of the answer is remembered (tables)."""
 
+    may_straggle: bool = False
+    """Whether a second request for the same bytes may be answered before a first one that is late."""
+
     @property
     def tells_content(self) -> bool:
         """Whether another content would show in `identity`, as far as such a tag can be trusted; not if only sizes tell."""

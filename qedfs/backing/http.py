@@ -78,6 +78,7 @@ class HttpSource(Source):
     """See the module; made by `open_http`."""
 
     live = True
+    may_straggle = True
 
     def __init__(self, location: HttpLocation, client: HttpClient, content: Content, connections: int) -> None:
         self.name = str(location)

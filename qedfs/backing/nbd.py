@@ -106,6 +106,7 @@ class NbdSource(Source):
         self._address = address
         self._credentials = credentials
         self._lines = [_Line(first)] + [_Line() for _ in range(connections - 1)]
+        self.may_straggle = connections > 1
         self._changed: str | None = None
         self._closed = False
 

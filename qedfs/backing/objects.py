@@ -69,6 +69,8 @@ async def open_object(location: ObjectLocation, *, signed: bool) -> ObjectSource
 class ObjectSource(Source):
     """See the module; made by `open_object`."""
 
+    may_straggle = True
+
     def __init__(self, location: ObjectLocation, store: ObjectStore, meta: ObjectMeta) -> None:
         self.name = str(location)
         self.size = meta["size"]

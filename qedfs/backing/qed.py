@@ -83,6 +83,7 @@ class QedSource(Source):
         self.name = file.name
         self.size = header.image_size
         self.identity = _identity(header, file, backing)
+        self.may_straggle = file.may_straggle or (backing is not None and backing.may_straggle)
         self._file = file
         self._backing = backing
         self._pages = pages

@@ -10,6 +10,7 @@ Rules it lives by:
   connection is made anew.
 - A source that owes an answer for `stall` seconds and gives none at all is taken for dead, even if every caller so far
   has run out of patience earlier.
+- A request that takes much longer than usual is asked a second time, if somebody waits for it (`hedge.py`, run by `watch`).
 - A final error is latched until `reset`. A corrupt entry of a QED backing is final for its bytes only.
 - A source whose content is not the expected one is never read.
 - While the content is still changing (a disk on its way from another host) nothing is expected of it, a source that finds
@@ -28,6 +29,7 @@ from typing import TypeVar
 import trio
 
 from qedfs.backing.base import Extent, Identity, Source, close, merged
+from qedfs.backing.hedge import Hedge, Urgent
 from qedfs.errors import BackingChanged, BackingRefused, BackingUnavailable, CorruptEntry, QedfsError
 
 T = TypeVar("T")
@@ -55,13 +57,17 @@ class BackingState(Enum):
 
 @dataclass(frozen=True)
 class BackingStatistics:
-    """`bytes_read`: asked of the source, repetitions included. `last_error_time`: seconds since the epoch."""
+    """`bytes_read`: asked of the source, repetitions included. `last_error_time`: seconds since the epoch.
+
+    `asked_twice`: second requests for stragglers.
+    """
 
     bytes_read: int
     state: BackingState
     last_error: str
     last_error_time: float | None
     size: int | None
+    asked_twice: int = 0
 
 
 class Backing:
@@ -93,6 +99,7 @@ class Backing:
         self._changing = changing
         self._stall = stall
         self._jitter = jitter
+        self._hedge = Hedge()
         self._source: Source | None = None
         self._generation = 0
         """Counts resets: what was opened before one is not used after it."""
@@ -126,8 +133,14 @@ class Backing:
         """Another one with every connection and reset. What the backing promised about zeros holds for one epoch only."""
         return self._epoch, None if self._source is None else self._source.epoch
 
-    async def read_into(self, pos: int, buffer: memoryview) -> None:
+    async def watch(self) -> None:
+        """Make second requests for what is late, for ever."""
+        await self._hedge.watch()
+
+    async def read_into(self, pos: int, buffer: memoryview, *, urgent: Urgent = lambda: True) -> None:
         """Fill `buffer` with the bytes at `pos`; bytes past the end of the backing are zeros.
+
+        `urgent` says whether a guest waits for it, at the time it is called.
 
         Raises:
             BackingRefused, BackingChanged: no retry helps.
@@ -137,9 +150,15 @@ class Backing:
 
         async def read(source: Source) -> None:
             inside = min(max(source.size - pos, 0), len(buffer))
-            if inside:
+
+            async def ask(place: memoryview) -> None:
                 self._bytes_read += inside
-                await source.read_into(pos, buffer[:inside])
+                await source.read_into(pos, place)
+
+            if inside and source.may_straggle and not self._changing:
+                await self._hedge.read(ask, buffer[:inside], urgent)
+            elif inside:
+                await ask(buffer[:inside])
             if inside < len(buffer):
                 buffer[inside:] = bytes(len(buffer) - inside)
 
@@ -201,7 +220,9 @@ class Backing:
 
     def statistics(self) -> BackingStatistics:
         size = None if self._expected is None else self._expected.size
-        return BackingStatistics(self._bytes_read, self._state, self._last_error, self._last_error_time, size)
+        return BackingStatistics(
+            self._bytes_read, self._state, self._last_error, self._last_error_time, size, self._hedge.asked_twice
+        )
 
     async def reset(self, expected: Identity | None = None) -> None:
         """Forget the connection and a final error; the next request connects anew and finds `expected`, or anything."""

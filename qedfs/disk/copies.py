@@ -126,7 +126,7 @@ class Copies:
             piece = bytearray(MAX_FETCH)
             length = max(0, min(MAX_FETCH, self._image.header.image_size - start - inside))
             if length:
-                await backing.read_into(start + inside, memoryview(piece)[:length])
+                await backing.read_into(start + inside, memoryview(piece)[:length], urgent=lambda: False)
             all_zero = all_zero and is_zero(memoryview(piece))
             await self._image.storage.write_behind(extent.offset + inside, piece)
         async with self._image.pinned(cluster, cluster + 1):

@@ -434,6 +434,8 @@ class Disk:
                 nursery.start_soon(commit_by_age, self._image, self.note)
                 if self._backing is not None:
                     nursery.start_soon(self._copies.watch_room)
+            if self._backing is not None:
+                nursery.start_soon(self._backing.watch)
             task_status.started(self)
 
 

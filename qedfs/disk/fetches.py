@@ -23,7 +23,7 @@ COPY_BUDGET = 64 << 20
 class Bytes(Protocol):
     """The part of a backing that is needed here: zeros past its end, patient with what may pass."""
 
-    async def read_into(self, pos: int, buffer: memoryview) -> None: ...
+    async def read_into(self, pos: int, buffer: memoryview, *, urgent: Callable[[], bool]) -> None: ...
 
 
 class Fetch:
@@ -207,5 +207,5 @@ class Fetches:
         # Past the end of the disk there is nothing of the backing's: those bytes stay zeros, or a growth of the disk
         # would show them.
         inside = min(length, fetch.size - pos)
-        await self._backing.read_into(pos, memoryview(buffer)[:inside])
+        await self._backing.read_into(pos, memoryview(buffer)[:inside], urgent=lambda: fetch.waiters > 0)
         fetch.buffer = buffer

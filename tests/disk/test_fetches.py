@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import trio
 import trio.testing
@@ -27,6 +29,18 @@ class Copier:
         await self.may_end.wait()
 
 
+class AsBacking:
+    """Asks a source at once. `urgent` is what was said of the newest request."""
+
+    def __init__(self, source: FakeSource) -> None:
+        self._source = source
+        self.urgent: Callable[[], bool] | None = None
+
+    async def read_into(self, pos: int, buffer: memoryview, *, urgent: Callable[[], bool]) -> None:
+        self.urgent = urgent
+        await self._source.read_into(pos, buffer)
+
+
 @pytest.fixture
 def source() -> FakeSource:
     return FakeSource(BASE)
@@ -39,7 +53,7 @@ def copier() -> Copier:
 
 @pytest.fixture
 async def fetches(nursery: trio.Nursery, source: FakeSource, copier: Copier) -> Fetches:
-    return Fetches(source, C, nursery, copier.copy)
+    return Fetches(AsBacking(source), C, nursery, copier.copy)
 
 
 async def test_neighbours_are_fetched_at_once_in_pieces_of_limited_size(fetches: Fetches, source: FakeSource) -> None:
@@ -47,6 +61,20 @@ async def test_neighbours_are_fetched_at_once_in_pieces_of_limited_size(fetches:
     assert [(f.first, f.end) for f in joined] == [(1, 17), (17, 33), (33, 40)]
     assert b"".join(await fetches.wait(joined)) == BASE[C : 40 * C]
     assert max(length for _, length in source.requests) == MAX_FETCH
+
+
+async def test_a_fetch_is_urgent_while_somebody_waits_for_it(nursery: trio.Nursery, source: FakeSource) -> None:
+    backing = AsBacking(source)
+    gate = source.hold()
+    fetches = Fetches(backing, C, nursery, Copier().copy)
+    joined = fetches.join(0, 1, SIZE, copy=False, wanted=True)
+    await gate.arrived()
+    assert backing.urgent is not None
+    assert not backing.urgent()
+    nursery.start_soon(fetches.wait, joined)
+    await trio.testing.wait_all_tasks_blocked()
+    assert backing.urgent()
+    gate.release()
 
 
 async def test_a_late_joiner_gets_the_fetches_under_way_and_new_ones_for_the_gaps(fetches: Fetches) -> None:
@@ -111,7 +139,7 @@ async def test_a_failure_reaches_each_waiter_and_nobody_who_comes_later(fetches:
 async def test_who_waits_when_the_disk_is_closed_is_told_so(source: FakeSource, copier: Copier) -> None:
     source.hold()
     async with trio.open_nursery() as waiters, trio.open_nursery() as nursery:
-        fetches = Fetches(source, C, nursery, copier.copy)
+        fetches = Fetches(AsBacking(source), C, nursery, copier.copy)
 
         async def wait() -> None:
             with pytest.raises(BackingUnavailable, match="closed"):
