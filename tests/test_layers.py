@@ -67,7 +67,7 @@ SANS_IO = (
     *("qedfs.nbd.constants", "qedfs.nbd.errors", "qedfs.nbd.negotiation", "qedfs.nbd.transmission"),
     *("qedfs.image.header", "qedfs.image.geometry", "qedfs.image.tables", "qedfs.image.record"),
     *("qedfs.image.allocator", "qedfs.image.survey", "qedfs.disk.plan", "qedfs.disk.readahead", "qedfs.disk.reserve"),
-    "qedfs.backing.stragglers",
+    *("qedfs.backing.mirror_name", "qedfs.backing.stragglers"),
     *("qedfs.backing.window", "qedfs.stream.idle", "qedfs.stream.pace", "qedfs.stream.cursor", "qedfs.stream.profile"),
     *("qedfs.migrate.protocol", "qedfs.migrate.plan"),
 )

@@ -54,6 +54,9 @@ class Source(ABC):
     may_straggle: bool = False
     """Whether a second request for the same bytes may be answered before a first one that is late."""
 
+    trouble: tuple[float, str] = (0.0, "")
+    """The newest error that a read did not end with, as others had the bytes too, and its time (seconds since the epoch)."""
+
     @property
     def tells_content(self) -> bool:
         """Whether another content would show in `identity`, as far as such a tag can be trusted; not if only sizes tell."""

@@ -8,12 +8,16 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 
-from qedfs.backing.base import Source, close
+import trio
+
+from qedfs.backing.base import Identity, Source, close
 from qedfs.backing.file import FileSource, Found, open_file
 from qedfs.backing.foreign import Foreign, format_by_magic, known_format, looks_like
 from qedfs.backing.http import open_http
 from qedfs.backing.http_name import HttpLocation
 from qedfs.backing.location import FileLocation, Location, NbdLocation, masked, parse_location
+from qedfs.backing.mirror_name import MirrorsLocation, is_mirrors, names_of
+from qedfs.backing.mirrors import Mirrors
 from qedfs.backing.nbd import open_nbd
 from qedfs.backing.object_name import ObjectLocation
 from qedfs.backing.objects import open_object
@@ -68,15 +72,68 @@ async def open_backing(reference: Reference, policy: Policy) -> Source:
         NotAllowed: an image of the chain may not name what it names.
         BackingRefused: something of the chain does not exist, is of an unknown format, or leads back to itself.
         BackingUnavailable: something of the chain does not answer now.
+
+    Of mirrors all must answer, and hold the same bytes as far as a few samples tell: `Route` is content with one.
     """
+    if is_mirrors(reference.name):
+        return await _mirrors(reference, policy, None).open_all()
     chain = _Chain(policy)
     if reference.status is not None:
         chain.seen.add(_file_key(reference.status))
-    link = _Link(reference.name, reference.format, FileLocation(reference.image), _owner(reference.status))
+    link = _first_link(reference)
     async with AsyncExitStack() as opened:
         source = await _open_chain(chain, link, opened)
         opened.pop_all()
         return source
+
+
+class Route:
+    """How the backing of a leaf is reached, over and over. `expected` is what it must be, None if that is not known."""
+
+    def __init__(self, reference: Reference, policy: Policy, expected: Identity | None, *, changing: bool) -> None:
+        self._reference = reference
+        self._policy = policy
+        self._expected = expected
+        self._changing = changing
+        self._mirrors: Mirrors | None = None
+        self._begun = trio.Event()
+
+    async def open(self) -> Source:
+        """Connect. Raises as `open_backing`; of mirrors one is enough."""
+        if not is_mirrors(self._reference.name):
+            return await open_backing(self._reference, self._policy)
+        if self._changing:
+            raise BackingRefused(
+                self._reference.shown, "a held image cannot have mirrors: what changes is in one place"
+            )
+        if self._mirrors is None:
+            self._mirrors = _mirrors(self._reference, self._policy, self._expected)
+            self._begun.set()
+        return await self._mirrors.open()
+
+    async def tend(self) -> None:
+        """Do what is to be done beside the reads, for ever: bring back mirrors that have failed."""
+        await self._begun.wait()
+        if self._mirrors is not None:
+            await self._mirrors.tend()
+
+
+def _mirrors(reference: Reference, policy: Policy, expected: Identity | None) -> Mirrors:
+    """Return the mirrors that `reference` names.
+
+    Raises:
+        BackingRefused: they are not named as they should be.
+        NotAllowed: the image may not name one of them, needed now or not.
+    """
+    parse_location(reference.name, FileLocation(reference.image))
+    each = [replace(reference, name=name) for name in names_of(reference.name)]
+    for one in each:
+        _Chain(policy).admit(_first_link(one), parse_location(one.name, FileLocation(one.image)))
+
+    def opener(one: Reference) -> Callable[[], Awaitable[Source]]:
+        return lambda: open_backing(one, policy)
+
+    return Mirrors(reference.shown, [(one.shown, opener(one)) for one in each], expected)
 
 
 @dataclass(frozen=True)
@@ -110,11 +167,35 @@ class _Chain:
         if isinstance(location, FileLocation):
             source = await self._open_file(link, location)
             return source, replace(location, path=source.path)
+        if isinstance(location, MirrorsLocation):
+            raise BackingRefused(masked(link.name), "only the image that is mounted can have mirrors, not one below it")
+        ours = self.admit(link, location) is Rights.OURS
         if isinstance(location, ObjectLocation):
-            return await self._open_object(link, location), location
+            return await open_object(location, signed=ours), location
         if isinstance(location, HttpLocation):
-            return await self._open_http(link, location), location
-        return await self._open_nbd(link, location), location
+            return await self._open_http(location, credentials=ours), location
+        # The mounter's certificate speaks for the mounter: only for images that may name what the mounter may.
+        return await open_nbd(location.address, connections=self.policy.connections, credentials=ours), location
+
+    def admit(self, link: _Link, location: Location) -> Rights:
+        """Return with whose rights the server at `location`, which `link` names, is to be asked. Raises NotAllowed."""
+        name = str(location)
+        local = isinstance(location, NbdLocation) and location.is_local
+        rights = self._rights(link, Place.SOCKET if local else Place.REMOTE, name)
+        self.policy.check_name(name)
+        key = location.url if isinstance(location, HttpLocation) else name
+        self._check_new(key, name)
+        self.seen.add(key)
+        return rights
+
+    async def _open_http(self, location: HttpLocation, *, credentials: bool) -> Source:
+        # Patterns hold for where a server sends us, too: it may send us to what only this machine can reach.
+        return await open_http(
+            location,
+            credentials=credentials,
+            admit=lambda target: self.policy.check_name(str(target)),
+            connections=self.policy.connections,
+        )
 
     async def _open_file(self, link: _Link, location: FileLocation) -> FileSource:
         rights = self._rights(link, Place.FILE, location.path)
@@ -134,38 +215,6 @@ class _Chain:
         self.seen.add(_file_key(source.status))
         return source
 
-    async def _open_nbd(self, link: _Link, location: NbdLocation) -> Source:
-        name = str(location)
-        rights = self._rights(link, Place.SOCKET if location.is_local else Place.REMOTE, name)
-        self.policy.check_name(name)
-        self._check_new(name, name)
-        self.seen.add(name)
-        # The mounter's certificate speaks for the mounter: only for images that may name what the mounter may.
-        ours = rights is Rights.OURS
-        return await open_nbd(location.address, connections=self.policy.connections, credentials=ours)
-
-    async def _open_object(self, link: _Link, location: ObjectLocation) -> Source:
-        name = str(location)
-        rights = self._rights(link, Place.REMOTE, name)
-        self.policy.check_name(name)
-        self._check_new(name, name)
-        self.seen.add(name)
-        return await open_object(location, signed=rights is Rights.OURS)
-
-    async def _open_http(self, link: _Link, location: HttpLocation) -> Source:
-        name = str(location)
-        rights = self._rights(link, Place.REMOTE, name)
-        self.policy.check_name(name)
-        self._check_new(location.url, name)
-        self.seen.add(location.url)
-        return await open_http(
-            location,
-            credentials=rights is Rights.OURS,
-            # Patterns hold for where a server sends us, too: it may send us to what only this machine can reach.
-            admit=lambda target: self.policy.check_name(str(target)),
-            connections=self.policy.connections,
-        )
-
     def secret_for(self, link: _Link) -> bytes | None:
         """Return the passphrase, which opens only what a person or a trusted image of this machine names."""
         return self.policy.secret if self.trusted and isinstance(link.image, FileLocation) else None
@@ -176,6 +225,10 @@ class _Chain:
     def _check_new(self, key: object, name: str) -> None:
         if key in self.seen:
             raise BackingRefused(name, "the chain of backings leads back to it")
+
+
+def _first_link(reference: Reference) -> _Link:
+    return _Link(reference.name, reference.format, FileLocation(reference.image), _owner(reference.status))
 
 
 async def _open_chain(chain: _Chain, link: _Link, opened: AsyncExitStack) -> Source:

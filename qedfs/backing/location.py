@@ -7,6 +7,7 @@ that image's path was given; symbolic links are not followed for that.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from urllib.parse import quote
 
 from qedfs.backing.foreign import FORMATS
 from qedfs.backing.http_name import HttpLocation, is_http, parse_http
+from qedfs.backing.mirror_name import MOST, PREFIX, SEPARATOR, MirrorsLocation, is_mirrors, names_of
 from qedfs.backing.object_name import ObjectLocation, is_object, parse_object
 from qedfs.errors import BackingRefused, UsageError
 from qedfs.nbd.address import NbdAddress, is_nbd, parse_address, without_user
@@ -51,7 +53,7 @@ class NbdLocation:
         return self.address.socket is not None
 
 
-Location = FileLocation | NbdLocation | HttpLocation | ObjectLocation
+Location = FileLocation | NbdLocation | HttpLocation | ObjectLocation | MirrorsLocation
 
 
 def host_of(location: Location) -> str | None:
@@ -59,9 +61,19 @@ def host_of(location: Location) -> str | None:
     match location:
         case NbdLocation():
             return location.address.host
-        case HttpLocation():
+        case HttpLocation() | MirrorsLocation():
             return location.host
     return None
+
+
+def key_of(location: Location) -> str:
+    """Return what is the same for two names of one place, and only for these: the name without secrets, and their hash."""
+    match location:
+        case HttpLocation() if location.query:
+            return f"{location}{hashlib.sha256(location.query.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}"
+        case MirrorsLocation():
+            return PREFIX + SEPARATOR.join(location.keys)
+    return str(location)
 
 
 def parse_location(name: str, image: Location | None) -> Location:
@@ -77,6 +89,8 @@ def parse_location(name: str, image: Location | None) -> Location:
         raise BackingRefused(shown, "the name contains a NUL character")
     if name.startswith("json:"):
         return _parse_json(name)
+    if is_mirrors(name):
+        return _mirrors(names_of(name), shown)
     if is_nbd(name):
         return _nbd(name, None)
     if is_object(name):
@@ -101,6 +115,9 @@ def masked(name: str) -> str:
     """Return `name` without what could be a secret in it: user and password, the query, all of a `json:`."""
     if name.startswith("json:"):
         return "json:{…}"
+    if is_mirrors(name):
+        # What is no address may be what stands behind a stray separator in a query.
+        return PREFIX + SEPARATOR.join(masked(one) if _is_address(one) else "***" for one in names_of(name))
     if not _PROTOCOL.match(name):
         return name
     name = without_user(name)
@@ -108,6 +125,24 @@ def masked(name: str) -> str:
     if re.fullmatch(r"nbds?[^?#]*\?&?((socket|tls-hostname|tls-certificates)=[^&#?]*(&|$))+", name, re.IGNORECASE):
         return name
     return re.sub(r"[?#].*", "?***", name, flags=re.DOTALL)
+
+
+def _mirrors(names: list[str], shown: str) -> MirrorsLocation:
+    if not 2 <= len(names) <= MOST:
+        raise BackingRefused(shown, f"needs 2 to {MOST} addresses, with a {SEPARATOR} between them")
+    if not all(map(_is_address, names)):
+        raise BackingRefused(
+            shown, f"each mirror must be an address of a server (a {SEPARATOR} inside of one is written %7C)"
+        )
+    locations = [parse_location(name, None) for name in names]
+    keys = tuple(map(key_of, locations))
+    if len(set(keys)) < len(keys):
+        raise BackingRefused(shown, "names one mirror twice")
+    return MirrorsLocation(tuple(map(str, locations)), keys, host_of(locations[0]))
+
+
+def _is_address(name: str) -> bool:
+    return is_nbd(name) or is_object(name) or is_http(name)
 
 
 def _file(path: str, shown: str, image: Location | None) -> FileLocation:

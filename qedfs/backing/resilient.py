@@ -22,7 +22,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ import trio
 
 from qedfs.backing.base import Extent, Identity, Source, close, merged
 from qedfs.backing.hedge import Hedge, Urgent
+from qedfs.backing.mirror_name import agree, joined
 from qedfs.errors import BackingChanged, BackingRefused, BackingUnavailable, CorruptEntry, QedfsError
 
 T = TypeVar("T")
@@ -84,12 +85,14 @@ class Backing:
         changing: bool = False,
         stall: float = STALL,
         jitter: Callable[[], float] = random.random,
+        tend: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """`opener` makes a new, connected source. Nothing is opened before the first request.
 
         `name` is shown to people (masked). `format` may be empty until the source has told it. `expected` is what the
         content must be; without it, what the first connection finds. `host` is the machine it is on, where there is one.
         `changing`: the content may be another one at any time, until `settle`. `jitter` returns numbers in [0, 1).
+        `tend` is what has to run beside the reads, for ever (of mirrors).
         """
         self.name = name
         self.host = host
@@ -99,6 +102,7 @@ class Backing:
         self._changing = changing
         self._stall = stall
         self._jitter = jitter
+        self._tend = tend
         self._hedge = Hedge()
         self._source: Source | None = None
         self._generation = 0
@@ -134,8 +138,11 @@ class Backing:
         return self._epoch, None if self._source is None else self._source.epoch
 
     async def watch(self) -> None:
-        """Make second requests for what is late, for ever."""
-        await self._hedge.watch()
+        """Do, for ever, what nobody who reads could wait for: second requests, and mirrors that come back."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._hedge.watch)
+            if self._tend is not None:
+                nursery.start_soon(self._tend)
 
     async def read_into(self, pos: int, buffer: memoryview, *, urgent: Urgent = lambda: True) -> None:
         """Fill `buffer` with the bytes at `pos`; bytes past the end of the backing are zeros.
@@ -220,9 +227,10 @@ class Backing:
 
     def statistics(self) -> BackingStatistics:
         size = None if self._expected is None else self._expected.size
-        return BackingStatistics(
-            self._bytes_read, self._state, self._last_error, self._last_error_time, size, self._hedge.asked_twice
-        )
+        error, when = self._last_error, self._last_error_time
+        if self._source is not None and self._source.trouble[0] > (when or 0.0):
+            when, error = self._source.trouble
+        return BackingStatistics(self._bytes_read, self._state, error, when, size, self._hedge.asked_twice)
 
     async def reset(self, expected: Identity | None = None) -> None:
         """Forget the connection and a final error; the next request connects anew and finds `expected`, or anything."""
@@ -375,6 +383,9 @@ class Backing:
             self._expected = found
         elif why := difference(self._expected, found):
             raise BackingChanged(self.name, f"is not what the image was made on: {why}")
+        elif agree(self._expected.tag, found.tag):
+            # What the first connection found may be less than all mirrors.
+            self._expected = replace(self._expected, tag=joined(self._expected.tag, found.tag))
 
     async def _attempt(self, function: Callable[[], Awaitable[T]]) -> T:
         """Call `function`, giving up when nothing at all was answered for `stall` seconds, or on close."""
@@ -444,6 +455,6 @@ def difference(expected: Identity, found: Identity) -> str:
     """Say in what `found` is another content than `expected`; empty if in nothing that both tell."""
     if expected.size != found.size:
         return f"its size was {expected.size} bytes and is {found.size}"
-    if expected.tag and found.tag and expected.tag != found.tag:
+    if expected.tag and found.tag and expected.tag != found.tag and not agree(expected.tag, found.tag):
         return f"it was {expected.tag} and is {found.tag}"
     return ""

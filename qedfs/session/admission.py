@@ -13,8 +13,9 @@ import trio
 
 from qedfs.backing.base import Identity
 from qedfs.backing.file import real_path
-from qedfs.backing.locate import Reference, open_backing
+from qedfs.backing.locate import Reference, Route
 from qedfs.backing.location import FileLocation, host_of, masked, parse_location
+from qedfs.backing.mirror_name import agree, joined
 from qedfs.backing.policy import Policy
 from qedfs.backing.resilient import Backing
 from qedfs.config import MountOptions
@@ -142,8 +143,10 @@ def backing_of(image: Image, storage: FileStorage, terms: Terms) -> Backing:
         cached = terms.caches.backing(reference, policy, expected)
         if cached is not None:
             return cached
+    route = Route(reference, policy, expected, changing=image.record.hold)
     return Backing(
-        lambda: open_backing(reference, policy),
+        route.open,
+        tend=route.tend,
         name=masked(image.backing_name),
         format=stored or "",
         expected=expected,
@@ -177,11 +180,16 @@ async def _meet(image: Image, backing: Backing, *, trust: bool) -> list[QedfsErr
         log.warning("%s; until it is reached only what is local can be read", why)
     elif image.record_damaged and not trust:
         pass  # what the backing was is not known any more, and that it is the same now is for a person to say
-    elif image.storage.writable and (trust or not image.record.pin_of(image.backing_name)):
+    elif image.storage.writable and (trust or _says_more(identity, image.record.pin_of(image.backing_name))):
         return await _pin(
             image, Pin(hash_name(image.backing_name), backing.format, identity.size, short_tag(identity.tag))
         )
     return []
+
+
+def _says_more(identity: Identity, pin: Pin | None) -> bool:
+    """Whether nothing was pinned yet, or of mirrors fewer than are known now."""
+    return pin is None or (agree(pin.tag, identity.tag) and joined(pin.tag, identity.tag) != pin.tag)
 
 
 async def _pin(image: Image, pin: Pin) -> list[QedfsError]:

@@ -13,6 +13,7 @@ import trio
 from qedfs.backing.base import Source
 from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.location import masked
+from qedfs.backing.mirror_name import is_mirrors
 from qedfs.backing.policy import Policy
 from qedfs.errors import BackingLocked, BackingUnavailable, UsageError
 from qedfs.image.create import create_leaf
@@ -77,6 +78,8 @@ async def create(leaf: NewLeaf) -> Made:
         )
         return Made(header, "")
     async with _opened(leaf.backing, leaf.format, leaf.path, leaf.secret) as source:
+        if leaf.hold and is_mirrors(leaf.backing):
+            raise UsageError(leaf.path, "a held leaf cannot have mirrors: what changes is in one place")
         if leaf.hold and source.format not in _SEEN:
             raise UsageError(leaf.path, f"a held leaf records nothing, and that its backing is {source.format} must be")
         header = await create_leaf(

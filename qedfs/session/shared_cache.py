@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import trio
 
 from qedfs.backing.base import Extent, Identity, Source, merged
-from qedfs.backing.locate import Reference, open_backing
-from qedfs.backing.location import FileLocation, host_of, parse_location
+from qedfs.backing.locate import Reference, Route
+from qedfs.backing.location import FileLocation, host_of, key_of, parse_location
+from qedfs.backing.mirror_name import MirrorsLocation
 from qedfs.backing.policy import Owner, Policy
 from qedfs.backing.resilient import Backing, BackingState, BackingStatistics
 from qedfs.config import DiskOptions, Mode, MountOptions
@@ -41,10 +42,14 @@ RUNS_PER_TURN = 256
 
 @dataclass(frozen=True)
 class Key:
-    """What leaves must have in common to share a cache: the canonical name of the backing and its format, "" if unknown."""
+    """What leaves must have in common to share a cache: the `key_of` of the backing and its format, "" if unknown.
+
+    Of mirrors the pin, too: which of them may be read at all is decided by it, below the cache.
+    """
 
     location: str
     format: str
+    mirrors: str
 
 
 class SharedCaches:
@@ -72,10 +77,11 @@ class SharedCaches:
             return None  # opening it will say what is wrong
         if isinstance(location, FileLocation):
             return None
-        key = Key(str(location), reference.format or location.format or "")
+        mirrors = expected.tag if expected is not None and isinstance(location, MirrorsLocation) else ""
+        key = Key(key_of(location), reference.format or location.format or "", mirrors)
 
         def remote() -> _Cache:
-            return _Cache(key, reference, policy, host_of(location))
+            return _Cache(key, reference, Route(reference, policy, expected, changing=False), host_of(location))
 
         return _CachedBacking(lambda: self._enter(key, remote), reference, expected, host_of(location))
 
@@ -125,6 +131,8 @@ class SharedCaches:
             log.exception("cache of %s: lost by an internal error", cache.remote.name)
         finally:
             cache.ready.set()
+        if cache.refusal is None:
+            await cache.remote.watch()  # as the disk over it would do
 
     @asynccontextmanager
     async def _opened(self, cache: _Cache, identity: Identity) -> AsyncIterator[Image]:
@@ -170,7 +178,7 @@ class SharedCaches:
 class _Cache:
     """One backing, and the image that keeps what was read of it, while that can be had."""
 
-    def __init__(self, key: Key, reference: Reference, policy: Policy, host: str | None) -> None:
+    def __init__(self, key: Key, reference: Reference, route: Route, host: str | None) -> None:
         self.key = key
         self.identity: Identity | None = None
         """What the backing was found to be, whether or not it answers now."""
@@ -188,11 +196,11 @@ class _Cache:
         self.ended = trio.Event()
 
         async def opener() -> Source:
-            source = await open_backing(reference, policy)
+            source = await route.open()
             self.tells_content = source.tells_content
             return source
 
-        self.remote = Backing(opener, name=reference.shown, format=key.format, host=host)
+        self.remote = Backing(opener, name=reference.shown, format=key.format, host=host, tend=route.tend)
 
     @property
     def in_doubt(self) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 
+from qedfs.backing import locate
 from qedfs.backing.base import Extent, Identity, Source
 from qedfs.backing.locate import Reference
 from qedfs.backing.policy import Policy
@@ -23,7 +24,6 @@ from qedfs.disk.disk import Disk
 from qedfs.errors import BackingChanged, BackingUnavailable, UsageError
 from qedfs.image.image import open_image
 from qedfs.image.storage import open_storage
-from qedfs.session import admission, shared_cache
 from qedfs.session.admission import Terms, admitted
 from qedfs.session.leaf import looked_at
 from qedfs.session.shared_cache import either, open_shared_caches
@@ -130,8 +130,7 @@ class Mount:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     store = Store()
-    monkeypatch.setattr(shared_cache, "open_backing", store.open)
-    monkeypatch.setattr(admission, "open_backing", store.open)
+    monkeypatch.setattr(locate, "open_backing", store.open)
     return Place(tmp_path, store)
 
 
