@@ -162,6 +162,13 @@ class StreamOptions:
     idle: Idle = Idle.AUTO
 
 
+class Address(NamedTuple):
+    """Where to listen by TCP; port 0: a free one."""
+
+    host: str
+    port: int
+
+
 UNMOUNT_GRACE = 20.0
 """Seconds in which a hypervisor that starts right after the mount finds its disk."""
 
@@ -187,6 +194,8 @@ class MountOptions:
     """Folder of the caches that leaves share; empty for none."""
     shared_cache_size: int = 0
     """Most bytes of all caches in it together; 0: only the reserve of their file system limits them."""
+    metrics: Address | None = None
+    """Where to tell how the images are doing; None: nowhere."""
     boot_profile: str = "auto"
     """`auto`, `off`, or the absolute path of the profile of all disks."""
     direct_io: DirectIO = DirectIO.AUTO
@@ -241,6 +250,13 @@ def _boot_profile(text: str, what: str) -> str:
     return text if text in ("auto", "off") else os.path.abspath(text)
 
 
+def _address(text: str, what: str) -> Address:
+    host, colon, port = text.rpartition(":")
+    if not colon or (":" in host and not host.startswith("[")) or not host.strip("[]"):
+        raise UsageError(what, f"'{text}' is not of the form HOST:PORT (such as 127.0.0.1:9100)")
+    return Address(host.strip("[]"), parse_count(port, what, 0, 65535))
+
+
 _OPTIONS: Mapping[str, _Option] = {
     "ro": _Option("mount", "read_only"),
     "allow_other": _Option("mount", "allow_other"),
@@ -265,10 +281,8 @@ _OPTIONS: Mapping[str, _Option] = {
     "idle": _Option("stream", "idle", _choice(Idle)),
     "unmount_when_complete": _Option("mount", "unmount_grace", parse_duration, bare=UNMOUNT_GRACE),
     "boot_profile": _Option("mount", "boot_profile", _boot_profile),
+    "metrics": _Option("mount", "metrics", _address),
 }
-
-_NOT_YET = ("metrics",)
-"""Accepting them would promise what nothing does yet."""
 
 # fmt: off
 _OTHERS = frozenset({
@@ -326,7 +340,5 @@ def _find_option(name: str) -> _Option:
     option = _OPTIONS.get(name)
     if option:
         return option
-    if name in _NOT_YET:
-        raise UsageError(name, "is not supported yet")
     near = difflib.get_close_matches(name, _OPTIONS, n=1)
     raise UsageError(name, "is not a mount option" + (f" (did you mean '{near[0]}'?)" if near else ""))

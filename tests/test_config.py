@@ -110,10 +110,18 @@ def test_wrong_option_is_named_in_one_line(text: str, line: str) -> None:
     assert str(caught.value) == line
 
 
-@pytest.mark.parametrize("text", ["metrics=:9100"])
-def test_option_that_nothing_honours_yet_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="not supported yet"):
-        parse_mount_options([text])
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("127.0.0.1:9100", ("127.0.0.1", 9100)), ("[::1]:0", ("::1", 0)), ("localhost:80", ("localhost", 80))],
+)
+def test_metrics_are_told_at_a_host_and_port(text: str, address: tuple[str, int]) -> None:
+    assert parse_mount_options([f"metrics={text}"]).metrics == address
+
+
+@pytest.mark.parametrize("text", [":9100", "9100", "host", "host:", "host:65536", "::1:9100", "[]:1", "host:-1"])
+def test_metrics_need_a_host_and_a_port(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^metrics: "):
+        parse_mount_options([f"metrics={text}"])
 
 
 def test_sloppy_ignores_unknown_options_but_not_wrong_values() -> None:

@@ -397,6 +397,11 @@ class Disk:
             backing_state=backing.state.value if backing else "",
             backing_bytes_read=self.asked,
             last_error=self._last_error(backing),
+            copied_bytes=self.copied(),
+            misses=self.misses.count,
+            missed_seconds=self.misses.waited,
+            waiting=self.misses.waiting,
+            errors=self._errors.count,
         )
 
     def _last_error(self, backing: BackingStatistics | None) -> str:

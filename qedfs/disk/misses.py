@@ -28,6 +28,8 @@ class Misses:
         """Requests that wait for the backing now."""
         self.waited_at = -math.inf
         """When the last one stopped waiting."""
+        self.waited = 0.0
+        """Seconds that those which do not wait any more have waited, all together."""
         self.count = 0
         """All misses so far."""
         self._newest: deque[Miss] = deque(maxlen=REMEMBERED)
@@ -38,11 +40,13 @@ class Misses:
         self._newest.append(Miss(pos, length))
         self.count += 1
         self.waiting += 1
+        began = self._clock()
         try:
             yield
         finally:
             self.waiting -= 1
             self.waited_at = self._clock()
+            self.waited += self.waited_at - began
 
     def since(self, count: int) -> list[Miss]:
         """Return the misses after the first `count`, oldest first, as far as they are remembered."""

@@ -36,6 +36,16 @@ class DiskStatistics:
     backing_bytes_read: int
     last_error: str
     """The newest error with its time (UTC); empty if there was none."""
+    copied_bytes: int
+    """Copied from the backing into the leaf since the mount."""
+    misses: int
+    """Requests, or parts of one, that had to wait for the backing since the mount."""
+    missed_seconds: float
+    """How long they have waited, all together; those that still wait are not in it."""
+    waiting: int
+    """Those that wait now."""
+    errors: int
+    """Errors noted since the mount; what one request met may be several."""
 
 
 class Errors:
@@ -43,6 +53,8 @@ class Errors:
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
+        self.count = 0
+        """Errors noted so far."""
         self._newest: QedfsError | None = None
         self._time = 0.0
         self._logged: dict[type[QedfsError], tuple[str, float]] = {}
@@ -50,6 +62,7 @@ class Errors:
     def note(self, error: QedfsError) -> None:
         """Keep `error` as the newest one, and say it in the log if it is news."""
         self._newest, self._time = error, time.time()
+        self.count += 1
         # Once, however many requests meet it: a damaged table may have a different error for each of its clusters.
         logged, at = self._logged.get(type(error), ("", -LOG_PAUSE))
         if str(error) != logged and trio.current_time() - at >= LOG_PAUSE:

@@ -25,6 +25,7 @@ from qedfs.fuse.unmount import unmount
 from qedfs.session.admission import Terms
 from qedfs.session.boot_profile import check_profile_place
 from qedfs.session.leaving import unmount_when_complete
+from qedfs.session.metrics import open_metrics
 from qedfs.session.notify import Manager, tell_status
 from qedfs.session.places import check_places
 from qedfs.session.roster import Roster
@@ -157,6 +158,7 @@ async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending, manag
         async with (
             open_streams(mount.options) as streams,
             open_shared_caches(mount.options, mount.mountpoint, mount.sources) as caches,
+            open_metrics(mount.options.metrics) as metrics,
             trio.open_nursery() as leaves,
         ):
             roster = Roster(Terms(mount.options, mount.mountpoint, os.getuid(), caches), streams, leaves)
@@ -170,6 +172,7 @@ async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending, manag
                             mounted.start_soon(folder.watch, roster)
                         if (grace := mount.options.unmount_grace) is not None:
                             mounted.start_soon(unmount_when_complete, roster.tree, mount.mountpoint, grace)
+                        mounted.start_soon(metrics.serve, roster)
                         mounted.start_soon(tell_status, manager, lambda: roster.tree.leaves)
                         await _tell(ready, ending)
             finally:

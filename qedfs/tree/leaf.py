@@ -22,7 +22,7 @@ class Counts(Protocol):
 
 
 class Statistics(Protocol):
-    """The part of a disk's statistics that attributes show."""
+    """The part of a disk's statistics that attributes and metrics show."""
 
     @property
     def clusters_total(self) -> int: ...
@@ -47,6 +47,21 @@ class Statistics(Protocol):
 
     @property
     def last_error(self) -> str: ...
+
+    @property
+    def copied_bytes(self) -> int: ...
+
+    @property
+    def misses(self) -> int: ...
+
+    @property
+    def missed_seconds(self) -> float: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def errors(self) -> int: ...
 
 
 class OpenDisk(Protocol):

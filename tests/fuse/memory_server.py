@@ -58,6 +58,11 @@ class Facts:
     backing_state: str = "healthy"
     backing_bytes_read: int = 4096
     last_error: str = ""
+    copied_bytes: int = 0
+    misses: int = 0
+    missed_seconds: float = 0.0
+    waiting: int = 0
+    errors: int = 0
 
 
 class MemoryDisk:

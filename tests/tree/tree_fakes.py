@@ -28,6 +28,11 @@ class FakeStatistics:
     backing_state: str = ""
     backing_bytes_read: int = 0
     last_error: str = ""
+    copied_bytes: int = 0
+    misses: int = 0
+    missed_seconds: float = 0.0
+    waiting: int = 0
+    errors: int = 0
 
 
 class FakeDisk:
