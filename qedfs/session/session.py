@@ -19,7 +19,7 @@ from enum import Enum
 import trio
 
 from qedfs.config import MountOptions
-from qedfs.errors import MountError
+from qedfs.errors import MountError, UsageError
 from qedfs.fuse.serve import serve
 from qedfs.fuse.unmount import unmount
 from qedfs.session.admission import Terms
@@ -30,6 +30,7 @@ from qedfs.session.notify import Manager, tell_status
 from qedfs.session.places import check_places
 from qedfs.session.roster import Roster
 from qedfs.session.shared_cache import open_shared_caches
+from qedfs.session.sources import raw_name
 from qedfs.session.streams import open_streams
 from qedfs.session.watch import Folder, open_folder
 from qedfs.tree.tree import Tree
@@ -183,7 +184,17 @@ async def _serve(mount: Mount, ready: Callable[[], None], ending: _Ending, manag
 
 
 async def _admit_all(opened: _Opened, roster: Roster) -> None:
-    """Admit the named images, all of which must succeed, then what the directories hold."""
+    """Admit the named images, all of which must succeed, then what the directories hold.
+
+    Raises:
+        QedfsError: a named image cannot be served, or two would have one name.
+    """
+    # Before any of them is opened: the first might be written to by then.
+    names: dict[str, str] = {}
+    for path in opened.images:
+        if (name := raw_name(path)) in names:
+            raise UsageError(path, f"would be called {name}, as {names[name]} is")
+        names[name] = path
     async with trio.open_nursery() as nursery:
         for path in opened.images:
             nursery.start_soon(roster.admit, path)
