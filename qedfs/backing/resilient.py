@@ -412,7 +412,8 @@ class Backing:
         self._successes += 1
         self._failures = 0
         self.failure = None
-        self._state = BackingState.HEALTHY
+        if self._refused is None:  # else this was on its way before that
+            self._state = BackingState.HEALTHY
         # The others' time begins anew: what answers is alive. Not at each answer, for there may be many.
         if now - self._extended_at > self._stall / 30:
             self._extended_at = now

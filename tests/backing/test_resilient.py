@@ -392,6 +392,28 @@ async def test_a_final_error_of_a_read_closes_the_source(server: FakeServer, bac
     assert server.sources[0].closed.is_set()
 
 
+async def test_an_answer_that_had_arrived_before_a_final_error_does_not_hide_it(server: FakeServer) -> None:
+    class Early(FakeSource):
+        async def aclose(self) -> None:
+            await trio.lowlevel.checkpoint()
+
+    async def opener() -> Source:
+        await trio.lowlevel.checkpoint()
+        return Early(server)
+
+    backing = Backing(opener, name="x")
+    server.held[16] = trio.Event()
+    server.failures[0] = BackingRefused("fake", "nonsense")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, backing, 16)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(BackingRefused, match="nonsense"):
+            await read(backing, 0)
+        server.held[16].set()
+    assert backing.statistics().state is BackingState.REFUSED
+    assert "nonsense" in backing.statistics().last_error
+
+
 async def test_a_corrupt_entry_is_final_for_its_bytes_only(server: FakeServer, backing: Backing) -> None:
     server.failures[512] = CorruptEntry("fake", "entry")
     for _ in range(2):
