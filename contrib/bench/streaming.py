@@ -10,6 +10,7 @@ import mmap
 import os
 import platform
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -285,6 +286,22 @@ def boot_profile(bench: Bench) -> Figure:
     return Figure(f"{second:.2f} s, without {without:.2f} s: {second / without:.2f}", second / without)
 
 
+def second_leaf(bench: Bench) -> Figure:
+    """The same trace on two fresh leaves of one backing, with a shared cache: what the second one fetches, as a share."""
+    caches, fetched, times = bench.folder / "caches", [], []
+    with bench.over("http", 0.02) as (carrying, name):
+        for _ in range(2):
+            leaf = fresh_leaf(bench.leaf, name("full.raw"))
+            before = carrying.carried()
+            with mounted(leaf, f"mode=cor,readahead=0,shared_cache={caches}") as served:
+                times.append(trace(bench, served))
+            fetched.append((carrying.carried() - before) / MIB)
+    shutil.rmtree(caches)
+    first, second = fetched
+    shown = f"{second * 1024:.1f} KiB in {times[1]:.2f} s, the first one {first:.1f} MiB in {times[0]:.2f} s"
+    return Figure(shown, second / first)
+
+
 def trace(bench: Bench, served: Served) -> float:
     """Read as a machine does that boots: one after the other, a few files here and there, thinking in between; seconds."""
     chance = random.Random(3)
@@ -326,6 +343,7 @@ JOBS: dict[str, tuple[Job, Aim]] = {
     "cold sequential read through the mount, NBD, 20 ms": (sequential("nbd"), Aim(0.8)),
     "cold 4K read, NBD, 20 ms": (cold_read("nbd"), Aim(1.3, most=True)),
     **{f"HTTP, 1 Gbit/s, {trip} ms": (over_link("http", trip / 1000), Aim(0.8)) for trip in (20, 80)},
+    "second leaf with a shared cache, HTTP, 20 ms: of what the first one fetched": (second_leaf, Aim(0.001, most=True)),
     "HTTP on this machine: MB/s": (without_link("http"), Aim(300)),
     "cold sequential read through the mount, HTTP, 20 ms": (sequential("http"), Aim(0.8)),
     "cold 4K read, HTTP, 20 ms": (cold_read("http"), Aim(1.3, most=True)),

@@ -15,15 +15,10 @@ from contrib.fleet.story import (
     Plan,
     Wave,
     fleet,
-    kill_the_cache,
     replace_the_base,
-    share_on_a_host,
     stop_the_origin,
 )
 from contrib.fleet.trace import MIB
-
-AWAY = 2.0
-"""Seconds for which a cache that dies is away."""
 
 
 def main() -> None:
@@ -71,20 +66,16 @@ def main() -> None:
 def boots(made: Fleet, count: int) -> Iterator[tuple[str, Wave]]:
     """Boot so many hosts in each way."""
     yield "no cache", made.wave(count, made.far)
-    with made.cached() as (_, name):
+    with made.cached() as name:
         yield "an empty cache", made.wave(count, name)
         yield "the same again", made.wave(count, name)
-    with made.cached(lock=False) as (_, name):
+    with made.cached(lock=False) as name:
         yield "an empty cache without a lock", made.wave(count, name)
 
 
 def tell(made: Fleet) -> None:
     """Print what the other stories have come to."""
-    print(line(f"1 | the cache dies, and is back after {AWAY:g} s", kill_the_cache(made, AWAY)))
     print(line("1 | an origin that is away, a cache that is not", stop_the_origin(made)), flush=True)
-    print("\n| leaf on one host with `shared_cache` | boot | MiB fetched for it |\n|---|---:|---:|")
-    for name, boot in zip(("the first", "the second"), share_on_a_host(made), strict=True):
-        print(f"| {name} | {boot.seconds:.1f} s | {boot.fetched / MIB:.1f} |", flush=True)
     replaced = replace_the_base(made)
     print(f"\nBase replaced. Running, refused after {replaced.seconds:.1f} s: {replaced.running}")
     print(

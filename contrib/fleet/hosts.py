@@ -1,4 +1,4 @@
-"""The hosts of a fleet: a process of qedfs each, with leaves on which the boot of a guest is read and judged."""
+"""The hosts of a fleet: a process of qedfs each, with a leaf on which the boot of a guest is read and judged."""
 
 from __future__ import annotations
 
@@ -19,52 +19,47 @@ THINKING = 0.002
 
 
 class Booted(NamedTuple):
-    """How a boot went: seconds in all and of the longest read, bytes fetched for it, bytes of the disk that are local now."""
+    """How a boot went: seconds in all and of the longest read, bytes fetched from the backing by its end."""
 
     seconds: float
     longest: float
     fetched: int
-    local: int
 
 
 class Host:
-    """A mount of one leaf or several in a new folder."""
+    """A fresh leaf over a raw backing, and its mount, in a new folder.
 
-    def __init__(self, folder: Path) -> None:
+    Raises:
+        BenchError: qedfs refuses the backing, with its words.
+    """
+
+    def __init__(self, folder: Path, backing: str) -> None:
         self.folder = folder
         self._mountpoint = folder / "mnt"
-        self._leaves: list[Path] = []
+        self._leaf = folder / "vm.qed"
+        self._disk = self._mountpoint / "vm.raw"
         self._mountpoint.mkdir(parents=True)
-
-    def create(self, backing: str, *names: str) -> None:
-        """Make leaves over a raw backing, `vm` if there are no names.
-
-        Raises:
-            BenchError: qedfs refuses it, with its words.
-        """
-        self._leaves = [self.folder / f"{name}.qed" for name in names or ("vm",)]
-        for leaf in self._leaves:
-            run(*QEDFS, "create", "-b", backing, "-F", "raw", leaf)
+        run(*QEDFS, "create", "-b", backing, "-F", "raw", self._leaf)
 
     @contextlib.contextmanager
     def mounted(self, *options: str) -> Iterator[None]:
-        """Have the leaves mounted while inside, with nothing known of earlier boots.
+        """Have the leaf mounted while inside, with nothing known of earlier boots.
 
         Raises:
             BenchError: qedfs refuses it, with its words.
         """
         words = ",".join(("mode=cor", "reserve=0", "boot_profile=off", *options))
-        run(*QEDFS, "mount", "-o", words, "--log-file", self.folder / "log", *self._leaves, self._mountpoint)
+        run(*QEDFS, "mount", "-o", words, "--log-file", self.folder / "log", self._leaf, self._mountpoint)
         try:
             yield
         finally:
             run(*QEDFS, "unmount", self._mountpoint)
 
-    def get(self, name: str, disk: str = "vm") -> str:
-        """Return an attribute of a disk."""
-        return os.getxattr(self._mountpoint / f"{disk}.raw", f"user.qedfs.{name}").decode()
+    def get(self, name: str) -> str:
+        """Return an attribute of the disk."""
+        return os.getxattr(self._disk, f"user.qedfs.{name}").decode()
 
-    def boot(self, trace: Sequence[Read], base: Path, disk: str, thinking: float) -> Booted:
+    def boot(self, trace: Sequence[Read], base: Path, thinking: float) -> Booted:
         """Read what `trace` says past the page cache, and compare all of it with the file `base`.
 
         Raises:
@@ -75,15 +70,14 @@ class Host:
         with base.open("rb") as expected:
             for read in trace:
                 began = time.monotonic()
-                data = read_once(self._mountpoint / f"{disk}.raw", read)
+                data = read_once(self._disk, read)
                 longest = max(longest, time.monotonic() - began)
                 expected.seek(read.pos)
                 if data != expected.read(read.length):
                     raise BenchError(f"{self.folder.name}: wrong bytes at {read.pos}")
                 time.sleep(thinking)  # a guest computes, too
         seconds = time.monotonic() - start
-        fetched, local = (int(self.get(name, disk)) for name in ("backing_bytes_read", "allocated_bytes"))
-        return Booted(seconds, longest, fetched, local)
+        return Booted(seconds, longest, int(self.get("backing_bytes_read")))
 
 
 def read_once(disk: Path, read: Read) -> bytes:

@@ -1,25 +1,24 @@
-"""What happens in a fleet: hosts that boot at once, a base that is replaced, a cache that dies, an origin that is away.
+"""What happens in a fleet: hosts that boot at once, a base that is replaced, an origin that is away.
 
-Everything that a host reads is compared with the base; what crosses the long link is counted by the origin and by the link.
+Everything that a host reads is compared with the base; what the origin sends is counted by its own log.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from contrib.bench.link import Carrying, link
-from contrib.bench.rig import BenchError, make_random, until
+from contrib.bench.link import link
+from contrib.bench.rig import BenchError, make_random
 from contrib.fleet.hosts import THINKING, Booted, Host, at_once
-from contrib.fleet.servers import Nginx, Sent, cache, origin, sent
+from contrib.fleet.servers import Sent, cache, origin, sent
 from contrib.fleet.trace import MIB, boot_trace
 
 NAME = "base.raw"
@@ -38,11 +37,10 @@ class Plan:
 
 
 class Wave(NamedTuple):
-    """Hosts that have booted at once: each one's boot, what the origin was asked for it, bytes that crossed the link."""
+    """Hosts that have booted at once: each one's boot, and what the origin has answered for them."""
 
     boots: list[Booted]
     origin: Sent
-    carried: int
 
 
 class Fleet:
@@ -60,7 +58,7 @@ class Fleet:
         self.trace = boot_trace(plan.size, files=plan.files)
         self.origin = origin(folder / "origin", files)
         stack.enter_context(self.origin.running())
-        self.link: Carrying = stack.enter_context(link(str(self.origin.port), plan.rate, plan.round_trip))
+        self.link = stack.enter_context(link(str(self.origin.port), plan.rate, plan.round_trip))
 
     @property
     def far(self) -> str:
@@ -73,36 +71,33 @@ class Fleet:
         return len({number for first, last in ends for number in range(first, last + 1)}) * unit
 
     @contextlib.contextmanager
-    def cached(self, make: Callable[..., Nginx] = cache, **more: bool) -> Iterator[tuple[Nginx, str]]:
-        """Have an empty cache while inside; yield it, and the name of the base there."""
-        server = make(self._fresh("cache"), self.link.port, slice=self.plan.slice, **more)
-        with server.running():
-            yield server, f"{server.url}/{NAME}"
+    def cached(self, *, lock: bool = True) -> Iterator[str]:
+        """Have an empty cache while inside, `lock` as for `cache`; yield the name of the base there."""
+        with cache(self._fresh("cache"), self.link.port, slice=self.plan.slice, lock=lock).running() as server:
+            yield f"{server.url}/{NAME}"
 
-    def host(self, backing: str, *names: str) -> Host:
-        """Return a new host that has fresh leaves of these names, `vm` if there are none."""
-        host = Host(self._fresh("host"))
-        host.create(backing, *names)
-        return host
+    def host(self, backing: str) -> Host:
+        """Return a new host with a fresh leaf."""
+        return Host(self._fresh("host"), backing)
 
     def wave(self, count: int, backing: str, *options: str) -> Wave:
         """Create leaves on `count` new hosts, mount them, and boot at the same moment."""
-        before, carried = sent(self.origin), self.link.carried()
+        before = sent(self.origin)
         hosts = [self.host(backing) for _ in range(count)]
         with ExitStack() as mounts:
             for host in hosts:
                 mounts.enter_context(host.mounted(*options))
             boots = at_once([partial(self.boot, host) for host in hosts])
-        return Wave(boots, sent(self.origin) - before, self.link.carried() - carried)
+        return Wave(boots, sent(self.origin) - before)
 
-    def boot(self, host: Host, disk: str = "vm", part: slice = slice(None), base: Path | None = None) -> Booted:
+    def boot(self, host: Host, part: slice = slice(None), base: Path | None = None) -> Booted:
         """Read a part of the trace on a host, and compare it with the base, or an earlier one.
 
         Raises:
             BenchError: something else was read.
             OSError: something could not be read.
         """
-        return host.boot(self.trace[part], base or self.base, disk, self.plan.thinking)
+        return host.boot(self.trace[part], base or self.base, self.plan.thinking)
 
     def replace(self) -> Path:
         """Put another content of the same size in the place of the base; return where the old one is now."""
@@ -143,7 +138,7 @@ def replace_the_base(fleet: Fleet) -> Replaced:
         BenchError: anything was mixed, or was not refused.
     """
     half = slice(len(fleet.trace) // 2)
-    with fleet.cached() as (_, name):
+    with fleet.cached() as name:
         first, second = fleet.host(name), fleet.host(name)
         with first.mounted(), second.mounted():
             fleet.boot(first, part=half)
@@ -162,30 +157,9 @@ def replace_the_base(fleet: Fleet) -> Replaced:
             return Replaced(running, seconds, str(refusal.error), fleet.boot(fresh))
 
 
-def kill_the_cache(fleet: Fleet, away: float) -> Wave:
-    """The cache dies in the middle of a boot, as by a power cut, and is there again after `away` seconds."""
-    with fleet.cached() as (server, name):
-        before, carried = sent(fleet.origin), fleet.link.carried()
-        host = fleet.host(name)
-        middle = fleet.touched(fleet.plan.slice) // 2
-
-        def interrupt() -> None:
-            until(lambda: (sent(fleet.origin) - before).bytes >= middle, "the middle of a boot")
-            server.kill()
-            time.sleep(away)
-            server.start()
-
-        with host.mounted():
-            interrupting = threading.Thread(target=interrupt)
-            interrupting.start()
-            boot = fleet.boot(host)
-            interrupting.join()
-        return Wave([boot], sent(fleet.origin) - before, fleet.link.carried() - carried)
-
-
 def stop_the_origin(fleet: Fleet) -> Wave:
     """A host boots; then the origin is away, and another one is created, mounted and booted from what the cache has."""
-    with fleet.cached() as (_, name):
+    with fleet.cached() as name:
         fleet.wave(1, name)
         fleet.origin.kill()
         try:
@@ -193,13 +167,6 @@ def stop_the_origin(fleet: Fleet) -> Wave:
             return fleet.wave(1, name, "readahead=0")
         finally:
             fleet.origin.start()
-
-
-def share_on_a_host(fleet: Fleet, names: Sequence[str] = ("first", "second")) -> list[Booted]:
-    """Boot leaves of one host, one after the other, straight from the origin but through a shared cache on that host."""
-    host = fleet.host(fleet.far, *names)
-    with host.mounted("readahead=0", f"shared_cache={host.folder / 'caches'}"):
-        return [fleet.boot(host, name) for name in names]
 
 
 class Failing:
