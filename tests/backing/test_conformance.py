@@ -170,6 +170,13 @@ def _qcow2_over_https(folder: Path, web: Web) -> Sample:
     return Sample(_named(f"{web.secure}/foreign/base.qcow2"), raw.read_bytes())
 
 
+def _mirrors(folder: Path, web: Web) -> Sample:
+    content = random_bytes(300_001)
+    for name in ("one", "other"):
+        web.put(f"mirrors/{name}.raw", content)
+    return Sample(_named(f"mirrors:{web.secure}/mirrors/one.raw|{web.url}/mirrors/other.raw"), content)
+
+
 SAMPLES = [
     _file,
     _one_byte,
@@ -184,7 +191,7 @@ SAMPLES = [
     _qcow2_over_raw_over_nbd,
 ]
 OBJECTS = [_s3, _gs, _az, _qed_chain_in_s3]
-WEB = [_http, _https, _qed_chain_over_https, _qcow2_over_https]
+WEB = [_http, _https, _qed_chain_over_https, _qcow2_over_https, _mirrors]
 ALL = [*((make, "serve") for make in SAMPLES), *((make, "put") for make in OBJECTS), *((make, "web") for make in WEB)]
 
 
