@@ -53,6 +53,9 @@ async def open_http(
     count = connections or CONNECTIONS
     name = str(location)
     transfer = Transfer()
+    # Not trio's common one: a hundred backings on a server that hangs would take all its places, and statfs, directory
+    # scans and openings of leaves wait for those.
+    limiter = trio.CapacityLimiter(count)
 
     def look() -> tuple[HttpClient, Content]:
         client = HttpClient(location, credentials=credentials, admit=admit, connections=count)
@@ -68,10 +71,10 @@ async def open_http(
 
     try:
         with trio.fail_after(OPEN_TIMEOUT):
-            client, content = await _called_off(transfer, look, None)
+            client, content = await _called_off(transfer, look, limiter)
     except trio.TooSlowError:
         raise BackingUnavailable(name, f"no answer within {OPEN_TIMEOUT:.0f} seconds") from None
-    return HttpSource(location, client, content, count)
+    return HttpSource(location, client, content, limiter)
 
 
 class HttpSource(Source):
@@ -80,13 +83,15 @@ class HttpSource(Source):
     live = True
     may_straggle = True
 
-    def __init__(self, location: HttpLocation, client: HttpClient, content: Content, connections: int) -> None:
+    def __init__(
+        self, location: HttpLocation, client: HttpClient, content: Content, limiter: trio.CapacityLimiter
+    ) -> None:
         self.name = str(location)
         self.identity = content.identity
         self.size = content.identity.size
         self._conditions = content.conditions
         self._client: HttpClient | None = client
-        self._limiter = trio.CapacityLimiter(connections)
+        self._limiter = limiter
         self._under_way: set[trio.CancelScope] = set()
 
     async def read_into(self, pos: int, buffer: memoryview) -> None:
@@ -160,7 +165,7 @@ def _receive(response: BaseHTTPResponse, transfer: Transfer, buffer: memoryview,
         raise BackingUnavailable(name, "the server sent more than it promised")
 
 
-async def _called_off(transfer: Transfer, work: Callable[[], T], limiter: trio.CapacityLimiter | None) -> T:
+async def _called_off(transfer: Transfer, work: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
     """Return `work()`, done in a thread that is given up when the caller is cancelled."""
     try:
         return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)

@@ -62,8 +62,10 @@ async def open_object(location: ObjectLocation, *, signed: bool) -> ObjectSource
         except Exception as error:
             raise translated(name, error, reading=False) from error
 
-    store, meta = await trio.to_thread.run_sync(look, abandon_on_cancel=True)
-    return ObjectSource(location, store, meta)
+    # Not trio's common one, which a hundred backings in a store that hangs would keep from everybody else.
+    limiter = trio.CapacityLimiter(REQUESTS)
+    store, meta = await trio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=limiter)
+    return ObjectSource(location, store, meta, limiter)
 
 
 class ObjectSource(Source):
@@ -71,14 +73,16 @@ class ObjectSource(Source):
 
     may_straggle = True
 
-    def __init__(self, location: ObjectLocation, store: ObjectStore, meta: ObjectMeta) -> None:
+    def __init__(
+        self, location: ObjectLocation, store: ObjectStore, meta: ObjectMeta, limiter: trio.CapacityLimiter
+    ) -> None:
         self.name = str(location)
         self.size = meta["size"]
         self.identity = Identity(self.size, _tag(meta))
         self._key = location.key
         self._store: ObjectStore | None = store
         self._etag = meta["e_tag"]
-        self._limiter = trio.CapacityLimiter(REQUESTS)
+        self._limiter = limiter
         self._under_way: set[trio.CancelScope] = set()
 
     async def read_into(self, pos: int, buffer: memoryview) -> None:

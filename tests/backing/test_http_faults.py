@@ -271,6 +271,25 @@ async def test_closing_ends_a_read_that_the_server_does_not_answer(scripted: Scr
         await source.aclose()
 
 
+async def test_many_openings_that_nobody_answers_keep_no_thread_from_others(scripted: ScriptedWeb) -> None:
+    places = int(trio.to_thread.current_default_thread_limiter().total_tokens)
+    all_held = threading.Semaphore(0)
+
+    def hold(handler: Handler) -> None:
+        all_held.release()
+        handler.hold()
+
+    scripted.always = hold
+    async with trio.open_nursery() as nursery:
+        for number in range(places):
+            nursery.start_soon(open_backing, Reference(f"{scripted.url}/{number}", "raw", "/leaf.qed"), Policy())
+        with trio.fail_after(8):
+            for _ in range(places):
+                await trio.to_thread.run_sync(all_held.acquire, limiter=trio.CapacityLimiter(1))
+            assert await trio.to_thread.run_sync(threading.get_ident) != threading.get_ident()
+        nursery.cancel_scope.cancel()
+
+
 # --- redirects --------------------------------------------------------------------------------------------------------
 
 
