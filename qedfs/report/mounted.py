@@ -119,8 +119,6 @@ def _refusal(path: str, name: str, error: OSError) -> QedfsError:
             return UsageError(path, f"the attribute '{name}' cannot be set, or not by you")
         case errno.EINVAL:
             return UsageError(path, f"the value for '{name}' is not one it can have")
-        case errno.EOPNOTSUPP:
-            return UsageError(path, f"the value for '{name}' is not supported yet")
         case errno.EBUSY:
             return UsageError(path, f"'{name}' cannot be set while the image is held for a migration")
         case errno.EROFS:

@@ -66,8 +66,7 @@ async def write_attribute(
     """Set the attribute `name` (with its prefix) for the user `uid`; `drop_pages` empties the kernel's cache of the file.
 
     Raises:
-        NotSupported: the name is in a namespace that is not ours to keep (`security.`, `trusted.`, `system.`), or
-            nothing can honour the value yet.
+        NotSupported: the name is in a namespace that is not ours to keep (`security.`, `trusted.`, `system.`).
         NoSuchAttribute: there is none of this name.
         AttributeAccess: it can only be read.
         UsageError: the value is not one that it can have.
@@ -227,7 +226,10 @@ async def _stream_step(leaf: Leaf) -> str:
 
 
 async def _set_stream_step(leaf: Leaf, text: str, caller: Caller) -> None:
-    (sector,) = _parse_numbers(text, 1, "stream_step", "a sector number")
+    text = text.strip()
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 1 << 63):
+        raise UsageError("stream_step", f"'{text}' is not a sector number")
+    sector = int(text)
     leaf.step.sectors = await leaf.disk.stream(sector * _SECTOR) // _SECTOR
 
 
@@ -252,7 +254,10 @@ async def _density(leaf: Leaf) -> str:
 
 
 async def _prefetch(leaf: Leaf, text: str, caller: Caller) -> None:
-    pos, length = _parse_numbers(text, 2, "prefetch", "'offset length' in bytes")
+    words = text.split()
+    if len(words) != 2:
+        raise UsageError("prefetch", f"'{text}' is not 'offset length' in bytes")
+    pos, length = (parse_size(word, "prefetch") for word in words)
     leaf.disk.prefetch(pos, length)
 
 
@@ -262,14 +267,6 @@ async def _last_error(leaf: Leaf) -> str:
 
 async def _leaf(leaf: Leaf) -> str:
     return leaf.path
-
-
-def _parse_numbers(text: str, count: int, what: str, meaning: str) -> list[int]:
-    """Return `count` whole numbers below 2**63 that `text` has, or raise UsageError."""
-    words = text.split()
-    if len(words) == count and all(w.isascii() and w.isdigit() and len(w) < 20 and int(w) < 1 << 63 for w in words):
-        return [int(word) for word in words]
-    raise UsageError(what, f"'{text}' is not {meaning}")
 
 
 ATTRIBUTES: Mapping[bytes, Attribute] = {

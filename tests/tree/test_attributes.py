@@ -107,7 +107,8 @@ async def test_the_mode_can_be_set(text: bytes) -> None:
 async def test_prefetch_queues_a_range() -> None:
     disk = FakeDisk()
     await write_attribute(leaf_of("vm.raw", disk), b"user.qedfs.prefetch", b"4096 8192", 0)
-    assert disk.calls == [("prefetch", 4096, 8192)]
+    await write_attribute(leaf_of("vm.raw", disk), b"user.qedfs.prefetch", b"1M 64k", 0)
+    assert disk.calls == [("prefetch", 4096, 8192), ("prefetch", 1 << 20, 65536)]
 
 
 async def test_prefetch_of_a_held_image_is_refused() -> None:
@@ -155,7 +156,7 @@ async def test_a_read_only_attribute_cannot_be_set(name: str) -> None:
         *(("stream_floor", text) for text in (b"-1", b"1X")),
         *(("finish_by", text) for text in (b"soon", b"-2h")),
         *(("prefetch", text) for text in (b"", b"1", b"1 2 3", b"-1 5", b"a b", b"0 9223372036854775808", b"1.5 2")),
-        *(("stream_step", text) for text in (b"", b"1 2", b"x")),
+        *(("stream_step", text) for text in (b"", b"1 2", b"x", b"1k", b"9223372036854775808")),
     ],
 )
 async def test_a_bad_value_is_refused(name: str, text: bytes) -> None:
