@@ -44,19 +44,24 @@ def command(force: bool, secret: str | None, allow_backing: tuple[str, ...], lea
 
 async def _export(job: Export, progress: Progress) -> None:
     with opened(Console()) as screen:
+        began = trio.current_time()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_show, job, progress, screen)
+            nursery.start_soon(_show, job, progress, screen, began)
             await export(job, progress)
             nursery.cancel_scope.cancel()
+        if screen.live:
+            screen.show([_status(job, progress, began)])
 
 
-async def _show(job: Export, progress: Progress, screen: Screen) -> None:
-    began = trio.current_time()
-    while True:
-        if screen.live and progress.size:
-            rate = progress.done / max(trio.current_time() - began, _PERIOD)
-            left = f"{(progress.size - progress.done) / rate:.0f}" if rate else ""
-            percent = f"{100 * progress.done / progress.size:.2f}"
-            values = {"progress": percent, "state": "exporting", "rate": f"{rate:.0f}", "eta": left}
-            screen.show([ServedImage(job.out, values)])
+async def _show(job: Export, progress: Progress, screen: Screen, began: float) -> None:
+    while screen.live:
+        if progress.size:
+            screen.show([_status(job, progress, began)])
         await trio.sleep(_PERIOD)
+
+
+def _status(job: Export, progress: Progress, began: float) -> ServedImage:
+    rate = progress.done / max(trio.current_time() - began, _PERIOD)
+    left = f"{(progress.size - progress.done) / rate:.0f}" if rate and progress.done < progress.size else ""
+    percent = f"{100 * progress.done / progress.size:.2f}" if progress.size else "100.00"
+    return ServedImage(job.out, {"progress": percent, "state": "exporting", "rate": f"{rate:.0f}", "eta": left})

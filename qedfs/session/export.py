@@ -249,7 +249,9 @@ class _Writer:
         try:
             buffer = memoryview(bytearray(length))
             await read(start, buffer)
-            self._progress.written += await trio.to_thread.run_sync(_write_sparse, self._out, pos, buffer)
+            # Not in one line: `+=` looks at its left side before the await, and forgets what others add meanwhile.
+            written = await trio.to_thread.run_sync(_write_sparse, self._out, pos, buffer)
+            self._progress.written += written
             self._progress.done += length
         finally:
             self._slots.release()

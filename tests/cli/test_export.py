@@ -75,6 +75,20 @@ def test_content_is_that_of_qemu_img_convert(folder: Path) -> None:
     assert leaf.read_bytes() == before
 
 
+def test_what_it_says_is_what_it_wrote(folder: Path) -> None:
+    command = ["nbdkit", "--foreground", "--readonly", "--unix", "socket", "--filter=delay", "pattern", "24M"]
+    with subprocess.Popen([*command, "rdelay=20ms"]) as server:
+        try:
+            until(Path("socket").exists)
+            qedfs("create", "-b", "nbd+unix:///?socket=socket", "leaf.qed")
+            out, _ = qedfs("export", "leaf.qed", "out.raw")
+        finally:
+            server.terminate()
+    assert out == "out.raw: 24 MiB (25165824 bytes), 24 MiB written, 0 B shared\n"
+    content = Path("out.raw").read_bytes()
+    assert content == b"".join(pos.to_bytes(8, "big") for pos in range(0, 24 * MIB, 8))
+
+
 def test_zeros_and_holes_take_no_room(folder: Path) -> None:
     leaf = leaf_over_base(folder)
     qedfs("export", leaf, "out.raw")
