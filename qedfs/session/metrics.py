@@ -89,7 +89,11 @@ class Metrics:
                 for usage in roster.tree.usage():
                     images.append(_metrics_of(usage))
                     await trio.lowlevel.checkpoint()
-                self._text = metrics_text(__version__, images, len(roster.refused)).encode()
+                parts = []
+                for part in metrics_text(__version__, images, len(roster.refused)):
+                    parts.append(part)
+                    await trio.lowlevel.checkpoint()
+                self._text = "".join(parts).encode()
                 self._text_time = trio.current_time()
             return self._text
 

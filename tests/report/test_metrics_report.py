@@ -30,7 +30,7 @@ IMAGE = ImageMetrics(
 
 def samples(*images: ImageMetrics, refused: int = 0) -> dict[tuple[str, ...], float]:
     """All samples by name and values of labels."""
-    families = text_string_to_metric_families(metrics_text("1.2", images, refused))
+    families = text_string_to_metric_families("".join(metrics_text("1.2", images, refused)))
     return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
