@@ -251,6 +251,10 @@ class Disk:
         backing = self._backing or self._retired
         return backing.statistics().bytes_read if backing is not None else 0
 
+    def _asked_twice(self) -> int:
+        backing = self._backing or self._retired
+        return backing.statistics().asked_twice if backing is not None else 0
+
     def copied(self) -> int:
         """Bytes of the disk that have been copied from the backing since the mount, for the guest or otherwise."""
         return self._copies.copied << self._shift
@@ -396,6 +400,7 @@ class Disk:
             backing_format=self._backing.format if self._backing else "",
             backing_state=backing.state.value if backing else "",
             backing_bytes_read=self.asked,
+            backing_asked_twice=self._asked_twice(),
             last_error=self._last_error(backing),
             copied_bytes=self.copied(),
             misses=self.misses.count,

@@ -34,6 +34,8 @@ class DiskStatistics:
     backing_state: str
     """`idle` (nothing was asked yet), `healthy`, `unavailable`, `refused` (for good); empty when the image stands alone."""
     backing_bytes_read: int
+    backing_asked_twice: int
+    """Requests to the backing that were late and made a second time, since the mount."""
     last_error: str
     """The newest error with its time (UTC); empty if there was none."""
     copied_bytes: int

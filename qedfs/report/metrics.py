@@ -33,6 +33,7 @@ class ImageMetrics:
     backing_state: str
     handles: int
     backing_bytes: int
+    asked_twice: int
     copied: int
     misses: int
     missed_seconds: float
@@ -63,6 +64,7 @@ _FAMILIES = (
     ),
     _Family("disk_open_handles", "gauge", "How many times the disk is open.", "handles"),
     _Family("disk_backing_read_bytes_total", "counter", "Bytes asked of the backing.", "backing_bytes"),
+    _Family("disk_backing_stragglers_total", "counter", "Requests to the backing made a second time.", "asked_twice"),
     _Family("disk_copied_bytes_total", "counter", "Bytes copied from the backing into the leaf.", "copied"),
     _Family("disk_backing_waits_total", "counter", "Requests, or parts of one, that waited for the backing.", "misses"),
     _Family("disk_backing_wait_seconds_total", "counter", "How long they waited, together.", "missed_seconds"),

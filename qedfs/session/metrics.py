@@ -132,6 +132,7 @@ def _metrics_of(usage: Usage) -> ImageMetrics:
         backing_state="damaged" if leaf.stream.damaged else statistics.backing_state,
         handles=usage.handles,
         backing_bytes=statistics.backing_bytes_read,
+        asked_twice=statistics.backing_asked_twice,
         copied=statistics.copied_bytes,
         misses=statistics.misses,
         missed_seconds=statistics.missed_seconds,

@@ -245,6 +245,8 @@ class _CachedBacking(Backing):
         below = self._cache.remote.statistics()
         if below.state is BackingState.UNAVAILABLE and mine.state is not BackingState.REFUSED:
             mine = replace(mine, state=below.state)
+        # Of the cache, for all of its leaves: it is the one that asks.
+        mine = replace(mine, asked_twice=below.asked_twice)
         if (below.last_error_time or 0.0) > (mine.last_error_time or 0.0):
             mine = replace(mine, last_error=below.last_error, last_error_time=below.last_error_time)
         return mine

@@ -46,6 +46,9 @@ class Statistics(Protocol):
     def backing_bytes_read(self) -> int: ...
 
     @property
+    def backing_asked_twice(self) -> int: ...
+
+    @property
     def last_error(self) -> str: ...
 
     @property

@@ -17,6 +17,7 @@ from qedfs.image.geometry import Geometry
 from qedfs.session.admission import Terms, admitted
 from qedfs.session.leaf import NewLeaf, create
 from tests.backing.samples import KIB, MIB, content_by_qemu
+from tests.backing.scripted_web import Handler, ScriptedWeb, scripted_web
 from tests.backing.source_places import CONTENT, HOLE, PLACES, SIZE, File, Mirrors, Place
 
 CLUSTER = 64 * KIB
@@ -121,6 +122,56 @@ async def test_a_backing_that_is_replaced_while_it_is_read_is_never_mixed_in(
         else:
             await read(disk, SIZE - CLUSTER)
         await read(disk, 0)
+
+
+def _late(handler: Handler) -> None:
+    handler.server.released.wait(60)
+    handler.part()
+
+
+async def test_a_part_that_is_late_is_asked_for_a_second_time_of_the_same_server(
+    scripted: ScriptedWeb, tmp_path: Path
+) -> None:
+    scripted.content = CONTENT
+    await create(NewLeaf(str(tmp_path / "l"), None, scripted.url, "raw", Geometry(CLUSTER, 4), "", False, False))
+    async with served(tmp_path / "l") as disk:
+        await read_clusters(disk, 25)
+        scripted.script.append(_late)
+        with trio.fail_after(10):
+            await read(disk, 25 * CLUSTER)
+        assert disk.statistics().backing_asked_twice == 1
+        scripted.released.set()
+
+
+async def test_a_part_that_is_late_on_one_mirror_comes_from_another(scripted: ScriptedWeb, tmp_path: Path) -> None:
+    scripted.content = CONTENT
+    with scripted_web(CONTENT) as other:
+        name = f"mirrors:{scripted.url}/x|{other.url}/x"
+        await create(NewLeaf(str(tmp_path / "l"), None, name, "raw", Geometry(CLUSTER, 4), "", False, False))
+        async with served(tmp_path / "l") as disk:
+            await read_clusters(disk, 25)
+            with trio.fail_after(10):
+                # By `create`, and now when the second one is let in beside the first, 16 of each are compared.
+                while _samples(scripted) < 32:  # noqa: ASYNC110 (nothing tells)
+                    await trio.sleep(0.01)
+            before = len(other.requests)
+            scripted.script.append(_late)
+            with trio.fail_after(10):
+                await read(disk, 25 * CLUSTER)
+            assert other.requests[before:][0].headers["Range"] == f"bytes={25 * CLUSTER}-{26 * CLUSTER - 1}"
+            assert not disk.statistics().last_error
+            scripted.released.set()
+
+
+def _samples(web: ScriptedWeb) -> int:
+    """Return how many parts of the size of a sample were asked for."""
+    ranges = [request.headers["Range"].removeprefix("bytes=").split("-") for request in web.requests]
+    return sum(int(last) - int(first) == 4095 for first, last in ranges)
+
+
+async def read_clusters(disk: Disk, count: int) -> None:
+    for number in range(count):
+        await read(disk, number * CLUSTER)
 
 
 @pytest.mark.parametrize("place", SERVERS, ids=_name, indirect=True)

@@ -57,6 +57,7 @@ class Facts:
     backing_format: str = "raw"
     backing_state: str = "healthy"
     backing_bytes_read: int = 4096
+    backing_asked_twice: int = 0
     last_error: str = ""
     copied_bytes: int = 0
     misses: int = 0

@@ -18,6 +18,7 @@ IMAGE = ImageMetrics(
     backing_state="",
     handles=2,
     backing_bytes=10,
+    asked_twice=2,
     copied=9,
     misses=3,
     missed_seconds=0.25,
@@ -38,6 +39,7 @@ def test_every_number_is_a_sample_of_its_image() -> None:
     found = samples(IMAGE, replace(IMAGE, name="other.raw", missing=4096, eta=1.5), refused=4)
     assert found["qedfs_disk_size_bytes", "vm.raw"] == 1 << 40
     assert found["qedfs_disk_backing_wait_seconds_total", "vm.raw"] == 0.25
+    assert found["qedfs_disk_backing_stragglers_total", "vm.raw"] == 2
     assert found["qedfs_disk_missing_bytes", "other.raw"] == 4096
     assert found["qedfs_disk_eta_seconds", "other.raw"] == 1.5
     assert (found["qedfs_disks",], found["qedfs_refused_images",]) == (2, 4)

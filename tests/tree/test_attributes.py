@@ -83,7 +83,7 @@ async def test_density_has_256_percentages() -> None:
 
 async def test_facts_of_the_disk_are_shown() -> None:
     disk = FakeDisk(held=True)
-    disk.facts = FakeStatistics(1, Mode.STREAM, "held", "nbd://h/b", "raw", "healthy", 77, "EIO at noon")
+    disk.facts = FakeStatistics(1, Mode.STREAM, "held", "nbd://h/b", "raw", "healthy", 77, last_error="EIO at noon")
     shown = [await value(disk, name) for name in ("mode", "state", "hold", "backing", "backing_format")]
     assert shown == ["stream", "held", "1", "nbd://h/b", "raw"]
     assert await value(disk, "backing_bytes_read") == "77"

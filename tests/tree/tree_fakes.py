@@ -27,6 +27,7 @@ class FakeStatistics:
     backing_format: str = ""
     backing_state: str = ""
     backing_bytes_read: int = 0
+    backing_asked_twice: int = 0
     last_error: str = ""
     copied_bytes: int = 0
     misses: int = 0
