@@ -101,10 +101,12 @@ class Nbd(Place):
         self._socket.unlink(missing_ok=True)
 
     def start(self) -> None:
-        options = ["--foreground", "--readonly", "--unix", str(self._socket)]
+        ready = self._socket.with_suffix(".pid")  # written when it listens; the socket itself is there a little earlier
+        ready.unlink(missing_ok=True)
+        options = ["--foreground", "--readonly", "--unix", str(self._socket), "--pidfile", str(ready)]
         self._process = subprocess.Popen(["nbdkit", *options, "file", str(self._file)])
         until = time.monotonic() + 20
-        while not self._socket.exists():  # who connects a moment too early is refused, and tries again
+        while not ready.exists():
             assert self._process.poll() is None, "nbdkit has ended"
             assert time.monotonic() < until, "nbdkit does not listen"
             time.sleep(0.01)
