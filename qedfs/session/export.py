@@ -38,8 +38,10 @@ AT_ONCE = 16
 """Pieces under way: a link of 1 Gbit/s is full up to 130 ms of round trip, for 16 MiB of memory."""
 SHARE_PIECE = 256 << 20
 """Bytes that are shared at once, so that there is something to show in between."""
-ASK = 256 << 20
-"""Bytes of the disk that one question about zeros of the backing is about."""
+FIRST_ASK, MOST_ASK = 64 << 20, 4 << 30
+"""Bytes of the disk that one question about zeros of the backing is about, at first and at most."""
+FEW = 4096
+"""Ranges in an answer below which the next question is twice as long: an answer costs memory."""
 BLOCK = 4096
 """Bytes of zeros that become a hole, and the unit in which file systems share."""
 
@@ -181,6 +183,7 @@ class _Below:
     def __init__(self, backing: Backing, size: int) -> None:
         self._backing = backing
         self._size = size
+        self._ask = FIRST_ASK
         self._end = 0
         self._known: list[_Piece] = []
         """In order, up to `_end`, without gaps; what is before the last question's range is forgotten."""
@@ -192,8 +195,9 @@ class _Below:
         self._known = [piece for piece in self._known if piece.pos + piece.length > end]
         while self._end < end:
             start = max(pos, self._end)
-            asked = min(self._size - start, ASK)
+            asked = min(self._size - start, self._ask)
             found = await _waited(self._backing, lambda: self._backing.extents(start, asked))  # noqa: B023 (awaited here)
+            self._ask = min(MOST_ASK, 2 * self._ask) if len(found) < FEW else FIRST_ASK
             self._end = start + asked
             for extent in found:
                 piece = _Piece(start, extent.length, extent.zero)
