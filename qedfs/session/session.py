@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -74,6 +75,9 @@ def run_mount(mount: Mount, ready: Callable[[], None], manager: Manager) -> int:
 
 async def _run(mount: Mount, ready: Callable[[], None], manager: Manager) -> int:
     ending = _Ending(mount.mountpoint, manager)
+    # What waits for a dead name server or file system keeps its thread for many seconds, whoever has given up on it. Of trio's
+    # 40 none would be left, and statfs, looks at directories and openings would wait. Whatever needs a bound has its own.
+    trio.to_thread.current_default_thread_limiter().total_tokens = math.inf
     with trio.open_signal_receiver(*_SIGNALS) as signals:
         async with trio.open_nursery() as listening:
             listening.start_soon(ending.obey, signals)
