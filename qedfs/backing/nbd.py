@@ -84,6 +84,8 @@ class _Line:
     rests_until: float = 0.0
     failures: int = 0
     last_failure: str = ""
+    reading: list[tuple[int, int]] = field(default_factory=list)
+    """Position and length of the reads under way."""
 
     @property
     def live(self) -> bool:
@@ -125,8 +127,14 @@ class NbdSource(Source):
 
         if not buffer:
             await trio.lowlevel.checkpoint()
-        else:
-            await self._perform(read)
+            return
+        place = pos, len(buffer)
+        line = await self._choose(place)
+        line.reading.append(place)
+        try:
+            await self._perform(read, line)
+        finally:
+            line.reading.remove(place)
 
     async def extents(self, pos: int, length: int) -> list[Extent]:
         result: list[Extent] = []
@@ -134,7 +142,8 @@ class NbdSource(Source):
         for _ in range(_MAX_STATUS_ROUNDS):
             if pos >= end:
                 break
-            said = await self._perform(lambda connection, at=pos: self._status(connection, at, end))  # type: ignore[misc]
+            line = await self._choose()
+            said = await self._perform(lambda connection, at=pos: self._status(connection, at, end), line)  # type: ignore[misc]
             result += said
             pos += sum(extent.length for extent in said)
         return merged([*result, Extent(end - pos, False)])
@@ -164,9 +173,8 @@ class NbdSource(Source):
             return [Extent(min(block, end - pos), False)]
         return said
 
-    async def _perform(self, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """Do `work` over one connection, and once more over a new one if that is lost; translate errors."""
-        line = await self._choose()
+    async def _perform(self, work: Callable[[Connection], Awaitable[T]], line: _Line) -> T:
+        """Do `work` over the connection of `line`, and once more over a new one if that is lost; translate errors."""
         for last_try in (False, True):
             try:
                 return await work(await self._connected(line, DIAL_TIMEOUT))
@@ -177,13 +185,16 @@ class NbdSource(Source):
                 raise _translated(self.name, error) from error
         raise AssertionError("unreachable")
 
-    async def _choose(self) -> _Line:
-        """Return the line to use: the least loaded, or one more where all are busy and there may be one more."""
+    async def _choose(self, place: tuple[int, int] | None = None) -> _Line:
+        """Return the line to use: the least loaded, or one more where all are busy and there may be one more.
+
+        For the second read of one place, which is a second try, a line that still owes the first is as good as busy.
+        """
         live = [line for line in self._lines if line.live]
         if not live:
             return self._lines[0]
-        best = min(live, key=lambda line: line.load)
-        if best.load < _BUSY or len(live) == len(self._lines):
+        best = min(live, key=lambda line: (place in line.reading, line.load))
+        if (best.load < _BUSY and place not in best.reading) or len(live) == len(self._lines):
             return best
         now = trio.current_time()
         for line in self._lines:

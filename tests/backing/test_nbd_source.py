@@ -507,6 +507,31 @@ async def test_connection_that_breaks_in_the_middle_is_replaced_and_the_read_rep
     assert sessions == 2
 
 
+async def test_a_second_request_for_the_same_bytes_goes_over_another_connection(tmp_path: Path) -> None:
+    sessions = 0
+
+    async def session(stream: trio.SocketStream, peer: Peer) -> None:
+        nonlocal sessions
+        sessions += 1
+        if sessions == 1:
+            while await peer.next() is not None:
+                pass
+        else:
+            await well_behaved(stream, peer)
+
+    agreement = Agreement(SIZE, FLAGS | TransmissionFlag.CAN_MULTI_CONN, True, 1)
+    async with scripted(tmp_path / "s", session, agreement) as address, opened(address) as source:
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read, source, 512, 100)  # of a line that has lost a packet
+                nursery.start_soon(read, source, 4096, 100)
+                await trio.testing.wait_all_tasks_blocked()
+                assert source.connections == 1
+                assert await read(source, 512, 100) == pattern(512, 100)
+                nursery.cancel_scope.cancel()
+            assert source.connections == 2
+
+
 async def test_connections_that_break_again_and_again_may_pass(tmp_path: Path) -> None:
     async def session(stream: trio.SocketStream, peer: Peer) -> None:
         await peer.next()
