@@ -31,7 +31,7 @@ from urllib.request import getproxies, proxy_bypass
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.response import BaseHTTPResponse
+from urllib3.response import BaseHTTPResponse, HTTPResponse
 from urllib3.util import Timeout, make_headers, parse_url
 
 from qedfs.backing.http_answer import REDIRECTS
@@ -113,6 +113,17 @@ class _Connection(HTTPConnection):
     def request(self, *arguments: Any, **more: Any) -> None:
         _present.get().uses(self)
         super().request(*arguments, **more)
+
+    def getresponse(self) -> HTTPResponse:  # type: ignore[override]  # as urllib3's own is
+        used = self.sock
+        try:
+            return super().getresponse()
+        except BaseException:
+            # An answer whose headers are not taken would keep it open until the garbage collector comes by.
+            number = getattr(used, "socket", used).detach()
+            if number >= 0:
+                os.close(number)
+            raise
 
 
 class _TlsConnection(_Connection, HTTPSConnection):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import trio
 import trio.testing
@@ -138,13 +139,14 @@ async def test_no_answer_over_a_kept_connection_is_asked_for_again_at_once(scrip
         assert await read(source, 0, 4096) == PART
 
 
-# urllib3 leaves it to the garbage collector to close the connection of such an answer.
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 async def test_an_answer_of_two_lengths_is_not_taken(scripted: ScriptedWeb) -> None:
     async with opened(scripted.url + "/base.raw") as source:
         scripted.script.append(lambda h: h.part(headers={"Content-Length": "5, 6"}))
         with pytest.raises(BackingUnavailable, match="was lost"):
             await read(source, 0, 4096)
+        # Nor does its connection stay until the garbage collector comes by.
+        ours = [one for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_ESTABLISHED]
+        assert scripted.server_port not in [one.raddr.port for one in ours]
         assert await read(source, 0, 4096) == PART
 
 
