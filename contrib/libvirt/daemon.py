@@ -35,6 +35,7 @@ FOLDERS = {
 ENTER = """
 set -e
 mount --make-rprivate /
+umount --lazy --all --types fuse.qedfs  # or these copies would keep alive what is unmounted outside
 mount -t proc proc /proc
 while read -r ours theirs; do
     mkdir -p "$theirs"

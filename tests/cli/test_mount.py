@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import qedfs
+from tests.namespaces import FORGET_MOUNTS
 
 QEDFS = (sys.executable, "-m", "qedfs")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(qedfs.__file__).parents[1])}
@@ -613,13 +614,17 @@ def test_log_file_tells_the_story(place: Place) -> None:
 _AS_USER = (
     "setpriv --reuid=1000 --regid=1000 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
 )
-_OPEN_FUSE = "mount -t tmpfs none /mnt && mknod -m 666 /mnt/fuse c 10 229 && mount --bind /mnt/fuse /dev/fuse"
+_OPEN_FUSE, _SHUT_FUSE = (
+    f"mount -t tmpfs none /mnt && mknod -m {mode} /mnt/fuse c 10 229 && mount --bind /mnt/fuse /dev/fuse"
+    for mode in ("666", "600")
+)
 _NO_FUSE = "mount -t tmpfs none /mnt && mknod /mnt/null c 1 3 && mknod /mnt/urandom c 1 9 && mount --bind /mnt /dev"
 
 
 def in_namespace(script: str) -> Finished:
     """Run a shell script whose mounts nobody else sees; in it AS_USER and QEDFS stand for these commands."""
-    return run("unshare", "-m", "sh", "-ec", script.replace("AS_USER", _AS_USER).replace("QEDFS", " ".join(QEDFS)))
+    script = script.replace("AS_USER", _AS_USER).replace("QEDFS", " ".join(QEDFS))
+    return run("unshare", "-m", "sh", "-ec", f"{FORGET_MOUNTS}; {script}")
 
 
 @needs_root
@@ -648,11 +653,11 @@ def test_ordinary_user_mounts_reads_and_unmounts(place: Place) -> None:
 @needs_root
 def test_user_who_may_not_mount_is_told_why(place: Place) -> None:
     leaf = place.leaf("vm.qed")
-    for path in (place.folder, place.mnt, place.base, leaf):
+    for path in (place.folder, place.base, leaf):
         os.chown(path, 1000, 1000)
-    done = in_namespace(f"chmod 600 /dev/fuse; AS_USER QEDFS mount {leaf} {place.mnt}")
+    done = in_namespace(f"{_SHUT_FUSE}; AS_USER mkdir /mnt/m; AS_USER QEDFS mount {leaf} /mnt/m")
     assert done.returncode == 1
-    assert done.stderr == f"qedfs: {place.mnt}: bad mount point {place.mnt}: Permission denied\n"
+    assert done.stderr == "qedfs: /mnt/m: failed to open /dev/fuse: Permission denied\n"
 
 
 # --- pins -------------------------------------------------------------------------------------------------------------

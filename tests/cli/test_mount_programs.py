@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.failing.rig import PATIENCE, QEDFS, ROOT, run
+from tests.namespaces import FORGET_MOUNTS
 
 HELPERS = ("mount.qedfs", "mount.fuse.qedfs", "umount.fuse.qedfs")
 
@@ -39,7 +40,7 @@ def with_helpers(folder: Path, script: str) -> str:
     """Run a shell script where `/sbin` has the helpers, too, `$1` is `folder`; return what it said. It must succeed."""
     sbin = os.path.realpath("/sbin")
     # Mounts of the script end with its namespace.
-    prepare = f'mount -t overlay overlay -o "lowerdir=$1/sbin:{sbin}" {sbin}'
+    prepare = FORGET_MOUNTS + f'\nmount -t overlay overlay -o "lowerdir=$1/sbin:{sbin}" {sbin}'
     command = ["unshare", "--mount", "--propagation", "private", "sh", "-e", "-c", f"{prepare}\n{script}", "sh"]
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,6 +16,7 @@ from qedfs.errors import MountError
 from qedfs.fuse.mounts import find_mount
 from qedfs.fuse.unmount import unmount
 from tests.fuse.conftest import PATIENCE, ROOT, SERVER, Mount, Mounted
+from tests.namespaces import FORGET_MOUNTS
 
 MIB = 1 << 20
 NOBODY = 65534
@@ -242,7 +243,7 @@ def test_with_allow_other_the_mode_of_the_disk_decides(mount: Mount) -> None:
         assert os.getxattr(file, "user.qedfs.mode") == (b"cow" if may_write else b"cor")
 
 
-OPEN_FUSE = 'mknod "$0" c 10 229 && chmod 666 "$0" && mount --bind "$0" /dev/fuse && exec "$@"'
+OPEN_FUSE = FORGET_MOUNTS + '; mknod "$0" c 10 229 && chmod 666 "$0" && mount --bind "$0" /dev/fuse && exec "$@"'
 """Lets ordinary users mount, for the command that follows alone: not every machine gives them /dev/fuse."""
 
 
