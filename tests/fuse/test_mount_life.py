@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -81,11 +82,17 @@ def test_a_dead_mount_is_refused_without_touching_it(mount: Mount) -> None:
     assert refusal(mounted.path) == f"{mounted.path}: something is mounted here already"
 
 
+def let_others_reach(path: Path) -> None:
+    """Let other users come as far as `path`: pytest's folders are private, and workers have one level more of them."""
+    for folder in path.parents:
+        if not folder.stat().st_mode & stat.S_IXOTH:
+            folder.chmod(0o755)
+
+
 def test_what_fusermount_says_becomes_the_error_line(tmp_path: Path) -> None:
     """An ordinary user may not open /dev/fuse here, or may not mount on a directory of root's: fusermount3 says which."""
     (tmp_path / "point").mkdir()
-    for folder in (tmp_path / "point", *tmp_path.parents[:3], tmp_path):
-        folder.chmod(0o755)
+    let_others_reach(tmp_path / "point")
     error = refusal(tmp_path / "point", user=NOBODY)
     assert error.startswith(f"{tmp_path}/point: ")
     assert "fuse" in error or "denied" in error or "write access" in error
@@ -210,9 +217,7 @@ def as_nobody(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def reachable(mounted: Mounted) -> Mounted:
-    """Let other users come as far as the mountpoint: pytest's folders are private."""
-    for folder in mounted.path.parents[:3]:
-        folder.chmod(0o755)
+    let_others_reach(mounted.path)
     return mounted
 
 
@@ -252,8 +257,7 @@ def test_an_ordinary_user_mounts_and_unmounts(tmp_path: Path) -> None:
     point = tmp_path / "mount"
     point.mkdir()
     os.chown(point, NOBODY, NOBODY)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    let_others_reach(point)
     namespace = ("unshare", "--mount", "sh", "-c", OPEN_FUSE, str(tmp_path / "device"))
     mounted = Mounted(point, {"disks": [{"name": "vm.raw"}], "user": NOBODY}, namespace)
     try:
