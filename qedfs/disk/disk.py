@@ -112,6 +112,22 @@ class Disk:
             self.note(error)
             raise
 
+    async def lacking(self, pos: int, length: int) -> int:
+        """Return for how many bytes of the range, inside the disk, the backing would have to be asked now.
+
+        What is on its way already is not among them, though the tables know it only when it has been copied.
+
+        Raises:
+            CorruptEntry, LeafError: the image cannot say.
+        """
+        lacking, end = 0, pos + length
+        while pos < end:
+            run = await self._image.run(pos, end - pos)
+            pos += run.length
+            if run.state is State.BACKING and self._fetches is not None:
+                lacking += self._fetches.not_under_way(run.pos, pos)
+        return lacking
+
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def write_nowait(self, pos: int, data: bytes | memoryview) -> bool:

@@ -125,6 +125,12 @@ class Fetches:
             first = fetch.end
         return result
 
+    def not_under_way(self, pos: int, end: int) -> int:
+        """Return how many of the bytes `[pos, end)` are in clusters of which there is no fetch."""
+        size = self._cluster_size
+        missing = (c for c in range(pos // size, -(-end // size)) if c not in self._by_cluster)
+        return sum(min(end, (cluster + 1) * size) - max(pos, cluster * size) for cluster in missing)
+
     async def room(self, length: int) -> None:
         """Return when `length` bytes could be fetched for copying without waiting for earlier copies. Takes nothing."""
         await self._budget.reserve(length)

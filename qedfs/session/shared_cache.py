@@ -238,7 +238,7 @@ class _CachedBacking(Backing):
         )
 
     def statistics(self) -> BackingStatistics:
-        """As of any backing; `bytes_read` counts what the cache did not have."""
+        """As of any backing; `bytes_read` counts what the cache neither had nor was fetching."""
         mine = replace(super().statistics(), bytes_read=self._fetched)
         if self._cache is None:
             return mine
@@ -288,10 +288,10 @@ class _CachedSource(Source):
         return self._cache.remote.epoch
 
     async def read_into(self, pos: int, buffer: memoryview) -> None:
-        image, disk = self._cache.image, self._cache.disk
-        if image is not None and disk is not None:
+        disk = self._cache.disk
+        if disk is not None:
             try:
-                self._fetched(await _missing(image, pos, len(buffer)))
+                self._fetched(await disk.lacking(pos, len(buffer)))
                 buffer[:] = await disk.read(pos, len(buffer))
             except (LeafError, CorruptEntry) as error:
                 disk.note(error)  # the fault of the cache, unless the backing says the same
@@ -328,16 +328,6 @@ class _CachedSource(Source):
         if self._open:
             self._open = False
             self._cache.leave()
-
-
-async def _missing(image: Image, pos: int, length: int) -> int:
-    """Return how many bytes of the range the image does not have. Raises `CorruptEntry`, `LeafError`."""
-    missing, end = 0, pos + length
-    while pos < end:
-        run = await image.run(pos, end - pos)
-        missing += run.length if run.state is State.BACKING else 0
-        pos += run.length
-    return missing
 
 
 async def _zeros(image: Image, pos: int, length: int) -> tuple[list[Extent], tuple[int, int] | None]:

@@ -23,7 +23,7 @@ from qedfs.config import DiskOptions, Mode, MountOptions, Reserve
 from qedfs.disk.disk import Disk
 from qedfs.errors import BackingChanged, BackingUnavailable, UsageError
 from qedfs.image.image import open_image
-from qedfs.image.storage import open_storage
+from qedfs.image.storage import FileStorage, open_storage
 from qedfs.session.admission import Terms, admitted
 from qedfs.session.leaf import looked_at
 from qedfs.session.shared_cache import either, open_shared_caches
@@ -155,6 +155,27 @@ async def test_second_leaf_asks_the_store_for_nothing_that_the_first_has_read(pl
         assert second.statistics().backing_bytes_read == 0
         await read(second, MIB, CLUSTER)
         assert second.statistics().backing_bytes_read == CLUSTER
+
+
+async def test_what_is_still_on_its_way_into_the_cache_counts_for_the_leaf_that_asked_only(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are made behind the answers, so a second leaf can come before the tables know of them."""
+    written, write_behind = trio.Event(), FileStorage.write_behind
+
+    async def held_back(self: FileStorage, pos: int, data: bytes) -> None:
+        await written.wait()
+        await write_behind(self, pos, data)
+
+    monkeypatch.setattr(FileStorage, "write_behind", held_back)
+    async with place.mount() as mount:
+        first, second = await mount.leaf("a"), await mount.leaf("b")
+        await read(first, CLUSTER, MIB)
+        await read(second, 512, MIB + CLUSTER)
+        written.set()
+        assert first.statistics().backing_bytes_read == MIB
+        assert second.statistics().backing_bytes_read == 2 * CLUSTER
+    assert place.store.bytes_read == MIB + 2 * CLUSTER
 
 
 async def test_each_cluster_crosses_the_network_once_however_many_leaves_want_it_at_a_time(place: Place) -> None:
