@@ -32,13 +32,22 @@ FOLDERS = {
     "srv": "/srv",
 }
 """What libvirtd finds where, of a folder of ours."""
+ACCOUNTS = {
+    "passwd": ("/etc/passwd", "libvirt-qemu:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin"),
+    "group": ("/etc/group", "libvirt-qemu:x:64055:"),
+}
+"""Debian's libvirtd wants to know this user at its start, whatever its configuration says, and `libvirt-daemon-system`,
+which makes it, wants systemd."""
 ENTER = """
 set -e
 mount --make-rprivate /
-umount --lazy --all --types fuse.qedfs  # or these copies would keep alive what is unmounted outside
+# Or these copies would keep alive what is unmounted outside; one whose folder is removed there meanwhile makes umount fail.
+while grep -q " - fuse.qedfs " /proc/self/mountinfo; do
+    umount --lazy --all --types fuse.qedfs || :
+done
 mount -t proc proc /proc
 while read -r ours theirs; do
-    mkdir -p "$theirs"
+    [ -e "$theirs" ] || mkdir -p "$theirs"
     mount --bind "$ours" "$theirs"
 done
 libvirtd &
@@ -91,7 +100,12 @@ def libvirtd(folder: Path, hook: Path) -> Iterator[Daemon]:
     (folder / "etc" / "qemu.conf").write_text(QEMU_CONF)
     (folder / "etc" / "hooks").mkdir()
     shutil.copy(hook, folder / "etc" / "hooks" / "qemu")
-    binds = "".join(f"{folder / name} {theirs}\n" for name, theirs in FOLDERS.items())
+    for name, (theirs, account) in ACCOUNTS.items():
+        known = Path(theirs).read_text()
+        missing = f"\n{account.partition(':')[0]}:" not in f"\n{known}"
+        (folder / name).write_text(known + f"{account}\n" * missing)
+    places = {**FOLDERS, **{name: theirs for name, (theirs, _) in ACCOUNTS.items()}}
+    binds = "".join(f"{folder / name} {theirs}\n" for name, theirs in places.items())
     with (folder / "daemon.log").open("wb") as log:
         # Its own processes only: when the first of the namespace ends, the kernel ends all the others.
         command = (
@@ -116,8 +130,9 @@ def libvirtd(folder: Path, hook: Path) -> Iterator[Daemon]:
         try:
             yield _wait_until_it_answers(folder, outer)
         finally:
-            os.killpg(outer.pid, signal.SIGKILL)
-            outer.wait()
+            if outer.poll() is None:
+                os.killpg(outer.pid, signal.SIGKILL)
+                outer.wait()
 
 
 def _wait_until_it_answers(folder: Path, outer: subprocess.Popen[bytes]) -> Daemon:

@@ -52,7 +52,7 @@ def test_mount_and_umount(folder: Path, kind: str) -> None:
     said = with_helpers(
         folder,
         f"""
-        mount -t {kind} "$1/vm.qed" "$1/mnt" -o mode=cow,nosuid
+        mount -t {kind} "$1/vm.qed" "$1/mnt" -o mode=cow,nosuid,_netdev
         getfattr --only-values -n user.qedfs.mode "$1/mnt/vm.raw" 2>/dev/null; echo
         findmnt -n -o FSTYPE,SOURCE "$1/mnt"
         umount "$1/mnt"
