@@ -283,9 +283,10 @@ class Disk:
         missing = self._image.geometry.clusters(self.size) - counts.data - counts.zero - self._populate.promised()
         return max(0, missing) << self._shift
 
-    async def wait_news(self) -> None:
-        """Return when the mode has changed, or the image is not held any more, or it stands alone."""
-        await self._news.wait()
+    @property
+    def news(self) -> trio.Event:
+        """Set when the mode has changed, or the image is not held any more, or it stands alone; each is told once."""
+        return self._news
 
     def _tell(self) -> None:
         self._news.set()

@@ -69,7 +69,8 @@ class StreamedDisk(Protocol):
 
     def note(self, error: QedfsError) -> None: ...
 
-    async def wait_news(self) -> None: ...
+    @property
+    def news(self) -> trio.Event: ...
 
     async def complete(self) -> bool: ...
 
@@ -346,12 +347,14 @@ class Job:
 
     async def _news(self, seconds: float) -> None:
         """Return when something has changed that decides, or after so many seconds."""
+        # Ordering: both are looked up before the first await, as the next change may come before a task of ours has run.
+        events = self._changed, self._disk.news
         with trio.move_on_after(seconds):
             async with trio.open_nursery() as nursery:
 
-                async def end_with(wait: trio.Event | None) -> None:
-                    await (wait.wait() if wait is not None else self._disk.wait_news())
+                async def end_with(event: trio.Event) -> None:
+                    await event.wait()
                     nursery.cancel_scope.cancel()
 
-                nursery.start_soon(end_with, self._changed)
-                nursery.start_soon(end_with, None)
+                for event in events:
+                    nursery.start_soon(end_with, event)

@@ -251,7 +251,7 @@ async def test_whoever_waits_for_news_learns_of_the_release() -> None:
     async with memory_disk(storage, BASE) as rig:
         assert not rig.disk.may_copy
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(rig.disk.wait_news)
+            nursery.start_soon(rig.disk.news.wait)
             await settled()
             await rig.disk.release_hold(no_pages)
         assert rig.disk.may_copy

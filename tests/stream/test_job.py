@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 
@@ -149,6 +150,22 @@ async def test_only_the_mode_stream_streams_and_it_may_change_at_any_time(
         await r.disk.set_mode(Mode.STREAM)
         await r.until("complete")
     assert judge(leaf.content, b"").content == BASE
+
+
+@pytest.mark.parametrize("passes", range(6))
+async def test_a_change_is_noticed_however_soon_it_follows_another(
+    passes: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The job is on its way to its next wait when the second one comes. The order within a pass is trio's, so: often."""
+    for _ in range(12):
+        async with rig(await empty_image(2 * C, geometry=GEOMETRY), BASE[: 2 * C], mode=Mode.COW) as r:
+            r.job.paused = True
+            await trio.sleep(60)
+            r.job.paused = False
+            for _ in range(passes):
+                await trio.lowlevel.checkpoint()
+            await r.disk.set_mode(Mode.STREAM)
+            await r.until("complete")
 
 
 async def test_paused_is_shown_and_nothing_is_asked_meanwhile(autojump_clock: trio.testing.MockClock) -> None:
