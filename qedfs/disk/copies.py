@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -34,6 +35,7 @@ class Copies:
         self._resting_until = -float("inf")
         self._room = Room(reserve)
         self._stopped = trio.Event()
+        self._ended = trio.Event()
         self.error: QedfsError | None = None
         self.error_time = 0.0
         self.copied = 0
@@ -60,12 +62,13 @@ class Copies:
     async def copy(self, fetch: Fetch) -> None:
         """Put into the leaf what is still missing of a fetch that has ended well. Raises nothing that is expected."""
         try:
-            if not await self._has_room((fetch.end - fetch.first) * self._cluster_size):
-                return
-            await take_turn()
-            with self._claims.hold_unclaimed(fetch.first, self._still_inside(fetch)) as parts:
-                for first, stop in parts:
-                    await self._copy_claimed(fetch, first, stop)
+            async with self._room_for((fetch.end - fetch.first) * self._cluster_size) as room:
+                if not room:
+                    return
+                await take_turn()
+                with self._claims.hold_unclaimed(fetch.first, self._still_inside(fetch)) as parts:
+                    for first, stop in parts:
+                        await self._copy_claimed(fetch, first, stop)
         except QedfsError as error:
             self._rest(error)
 
@@ -85,10 +88,11 @@ class Copies:
         try:
             # Whoever copies it already holds its claim too.
             with self._claims.hold_unclaimed(cluster, cluster + 1) as parts:
-                if not parts or not await self._has_room(self._cluster_size):
+                if not parts:
                     return
-                if (await self._image.run(cluster * self._cluster_size, 1)).state is State.BACKING:
-                    await self._copy_large_claimed(cluster, backing)
+                async with self._room_for(self._cluster_size) as room:
+                    if room and (await self._image.run(cluster * self._cluster_size, 1)).state is State.BACKING:
+                        await self._copy_large_claimed(cluster, backing)
         except QedfsError as error:
             self._rest(error)
 
@@ -155,20 +159,37 @@ class Copies:
     def _part(self, base: int, first: int, end: int) -> slice:
         return slice((first - base) * self._cluster_size, (end - base) * self._cluster_size)
 
+    @asynccontextmanager
+    async def _room_for(self, length: int) -> AsyncIterator[bool]:
+        """Have room for a copy of `length` bytes within the context, or say that there is none."""
+        room = await self._has_room(length)
+        try:
+            yield room
+        finally:
+            if room:
+                self._room.ended(length)
+                self._ended.set()
+                self._ended = trio.Event()
+
     async def _has_room(self, length: int) -> bool:
-        if self.full:
-            return False
-        if self._room.take(length, trio.current_time()):
-            return True
-        await self._look(length)
-        if self._room.take(length, trio.current_time()):
-            return True
+        while not self.full:
+            if self._room.take(length, trio.current_time()):
+                return True
+            await self._look(length)
+            if self._room.take(length, trio.current_time()):
+                return True
+            if self._room.stopped or not self._room.under_way:
+                self._out_of_room()
+                return False
+            await self._ended.wait()
+        return False
+
+    def _out_of_room(self) -> None:
         self._stop()
         why = f"copying stopped: {self._room.reserve} bytes of its file system are kept for the guest (reserve)"
         if self._room.used_up:
             why = "copying stopped: all the room that it was given is taken"
         self._note(LeafFull(self._image.name, why))
-        return False
 
     async def _look(self, length: int) -> None:
         space = await self._image.storage.space()

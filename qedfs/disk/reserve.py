@@ -28,6 +28,8 @@ class Room:
         self._left = 0
         """What may still be copied on the ground of the last look."""
         self._believed_until = -float("inf")
+        self.under_way = 0
+        """Bytes of copies that may be made and have not ended. Nobody knows what of them a look has seen as taken."""
         self.reserve = 0
         """Bytes that stay free; 0 before the first look."""
         self.stopped = False
@@ -36,11 +38,19 @@ class Room:
         """At the last look it was not the reserve that kept copies out but the limit that the file was set."""
 
     def take(self, length: int, now: float) -> bool:
-        """Count a copy of `length` bytes if it may be made by what is known; False: look, and `observe` what is there."""
+        """Count a copy of `length` bytes, until `ended`, if it may be made by what is known.
+
+        False: look, and `observe` what is there; and if that does not help, look again when what is `under_way` has ended.
+        """
         if not self._known or now >= self._believed_until or length > self._left:
             return False
         self._left -= length
+        self.under_way += length
         return True
+
+    def ended(self, length: int) -> None:
+        """A copy that `take` counted has been made, or not."""
+        self.under_way -= length
 
     def observe(self, space: Space | None, length: int, now: float) -> None:
         """Take in what a look has found (None: nothing that could be told), before a copy of `length` bytes."""
@@ -56,7 +66,7 @@ class Room:
             )
         elif spare < length:
             self.stopped = True
-        self._left = 0 if self.stopped else min(spare, LOOK_BYTES + length)
+        self._left = 0 if self.stopped else min(spare - self.under_way, LOOK_BYTES + length)
         self._believed_until = now + LOOK_AGE
 
     def stop(self) -> None:

@@ -67,6 +67,21 @@ def test_copies_stop_at_the_reserve_and_resume_at_twice_the_reserve() -> None:
     assert room.take(C, 2.0)
 
 
+def test_what_is_under_way_is_not_granted_again_by_a_look_that_did_not_see_it() -> None:
+    room = Room(Reserve(size=10 * MIB))
+    room.observe(Space(GIB, 12 * MIB), MIB, 0.0)
+    assert room.take(MIB, 0.0)
+    room.observe(Space(GIB, 12 * MIB), MIB, LOOK_AGE)
+    assert (room.take(MIB, LOOK_AGE), room.take(MIB, LOOK_AGE)) == (True, False)
+    assert (room.stopped, room.under_way) == (False, 2 * MIB)
+    room.ended(MIB)
+    room.observe(Space(GIB, 11 * MIB), MIB, LOOK_AGE)
+    assert not room.take(MIB, LOOK_AGE)
+    room.ended(MIB)
+    room.observe(Space(GIB, 11 * MIB), MIB, LOOK_AGE)  # the second one was zeros
+    assert room.take(MIB, LOOK_AGE)
+
+
 def test_without_a_reserve_copies_resume_when_something_is_free() -> None:
     room = Room(Reserve(size=0))
     room.observe(Space(GIB, GIB), C, 0.0)
@@ -149,6 +164,41 @@ async def test_a_disk_stops_copying_serves_on_and_resumes(
         assert disk.statistics().state == "passive", "it resumes by itself"
         await read(1)
         assert await is_local(disk, 1)
+    await image.aclose()
+    await backing.aclose()
+
+
+class SlowStorage(MemoryStorage):
+    """On a file system on which `room` bytes are left for this file alone; what is copied arrives after a second."""
+
+    room = 2 * GIB
+
+    async def space(self) -> Space:
+        return Space(4 * GIB, GIB + self.room - len(self.content))
+
+    async def write_behind(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        await trio.sleep(1.0)
+        await super().write_behind(offset, data)
+
+
+async def test_looks_while_copies_are_under_way_leave_the_reserve_alone(
+    autojump_clock: trio.testing.MockClock, expected_warnings: Callable[[str], None]
+) -> None:
+    expected_warnings("copying stopped")
+    base = pattern(16 * C)
+    storage = SlowStorage((await empty_image(16 * C)).content)
+    image = await open_image(storage)
+    backing = FakeSource(base).backing()
+    async with open_disk(image, backing, DiskOptions(readahead=0, reserve=Reserve(size=GIB))) as disk:
+        await disk.write(0, pattern(C, 2))  # from now on only data clusters come
+        storage.room = len(storage.content) + 4 * C
+        await trio.sleep(2 * LOOK_AGE)
+        for cluster in range(1, 9):
+            await disk.read(cluster * C, C)
+            await trio.sleep(LOOK_AGE / 3)
+        await trio.sleep(4.0)
+        assert [await is_local(disk, cluster) for cluster in range(1, 9)].count(True) == 4
+        assert disk.statistics().state == "no-space"
     await image.aclose()
     await backing.aclose()
 
