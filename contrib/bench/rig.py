@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from contrib.boot.server import listens
+
 MIB = 1 << 20
 PATIENCE = 900.0
 """Seconds for anything that is waited for."""
@@ -69,7 +71,7 @@ def nbd_server(folder: Path) -> Iterator[Path]:
     command = ("nbdkit", "--foreground", "--readonly", "--unix", str(sock), "file", f"dir={folder}")
     with subprocess.Popen(command) as process:
         try:
-            until(lambda: sock.exists() or process.poll() is not None, "nbdkit")
+            until(lambda: listens(sock) or process.poll() is not None, "nbdkit")
             yield sock
         finally:
             process.terminate()

@@ -23,6 +23,14 @@ TRANSPORTS = ("unix", "tcp")
 ACTIVATION = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody listens on the unix socket `path`, by the kernel's list: the file is there a moment earlier."""
+    listening = "00010000"  # flags of a socket: __SO_ACCEPTCON
+    lines = (line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines())
+    names = {str(path), str(path.absolute())}  # some make it absolute before they bind to it
+    return any(len(fields) == 8 and fields[3] == listening and fields[7] in names for fields in lines)
+
+
 @contextmanager
 def serving(image: Path, server: str, transport: str, folder: Path) -> Iterator[str]:
     """Serve `image` read-only, on a free loopback port or on a socket in `folder`; gives the URL of the export."""

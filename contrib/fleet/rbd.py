@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from contrib.bench.rig import BenchError, make_random, need, run, until
+from contrib.boot.server import listens
 from contrib.fleet.hosts import THINKING, Host
 from contrib.fleet.servers import free_port
 from contrib.fleet.trace import MIB, boot_trace
@@ -83,7 +84,7 @@ def exported(cluster: Cluster, image: str, sock: Path) -> Iterator[str]:
     command = ("qemu-nbd", "--read-only", "--persistent", "--shared=0", "--format=raw", "--socket", str(sock), disk)
     with subprocess.Popen(command) as process:
         try:
-            until(lambda: sock.exists() or process.poll() is not None, "qemu-nbd", 0.05)
+            until(lambda: listens(sock) or process.poll() is not None, "qemu-nbd", 0.05)
             yield f"nbd+unix:///?socket={sock}"
         finally:
             process.terminate()

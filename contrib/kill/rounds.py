@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from contrib.boot.server import listens
 from contrib.kill.load import MAPPED, TURNS
 from contrib.kill.stamps import PAGE_SECTORS, SECTOR, Ledger, Violation, content
 
@@ -237,7 +238,7 @@ def nbd_server(folder: Path) -> Iterator[Path]:
     command = ["qemu-nbd", "--read-only", "--persistent", "--shared=16", f"--socket={socket}", *slowly, "--image-opts"]
     with subprocess.Popen([*command, image]) as process:
         try:
-            wait_until(lambda: socket.exists() or process.poll() is not None, "qemu-nbd")
+            wait_until(lambda: listens(socket) or process.poll() is not None, "qemu-nbd")
             yield socket
         finally:
             process.kill()

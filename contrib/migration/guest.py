@@ -13,6 +13,7 @@ from typing import Any
 import trio
 
 from contrib.boot.guest import Guest, place, run
+from contrib.boot.server import listens
 from qedfs.migrate.monitor import MonitorAddress, open_monitor
 
 HERE = Path(__file__).parent
@@ -131,7 +132,7 @@ def machine(guest: Guest, initramfs: Path, disk: Path, seed: int, name: str, *mo
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
     running = Machine(process, qmp, second)
     try:
-        until(lambda: second.exists() or process.poll() is not None, "QEMU")
+        until(lambda: listens(second) or process.poll() is not None, "QEMU")
         yield running
     finally:
         running.kill()

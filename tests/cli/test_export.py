@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from contrib.boot.server import listens
 from tests.cli.commands import QEDFS, mounted, qedfs, refused
 from tests.failing.rig import file_system, until
 from tests.image.qemu import entry, poke, qemu_img, qemu_io
@@ -76,10 +77,19 @@ def test_content_is_that_of_qemu_img_convert(folder: Path) -> None:
 
 
 def test_what_it_says_is_what_it_wrote(folder: Path) -> None:
-    command = ["nbdkit", "--foreground", "--readonly", "--unix", "socket", "--filter=delay", "pattern", "24M"]
+    command = [
+        "nbdkit",
+        "--foreground",
+        "--readonly",
+        "--unix",
+        str(folder / "socket"),
+        "--filter=delay",
+        "pattern",
+        "24M",
+    ]
     with subprocess.Popen([*command, "rdelay=20ms"]) as server:
         try:
-            until(Path("socket").exists)
+            until(lambda: listens(folder / "socket"))
             qedfs("create", "-b", "nbd+unix:///?socket=socket", "leaf.qed")
             out, _ = qedfs("export", "leaf.qed", "out.raw")
         finally:
@@ -195,11 +205,11 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path) -> None:
 def test_a_killed_export_leaves_nothing_behind(folder: Path) -> None:
     qedfs("create", "-b", "nbd+unix:///?socket=slow", "-s", "1M", "leaf.qed", status=1)
     server = subprocess.Popen(
-        ["nbdkit", "--foreground", "--unix", "slow", "--filter=delay", "pattern", "8M", "rdelay=500ms"],
+        ["nbdkit", "--foreground", "--unix", str(folder / "slow"), "--filter=delay", "pattern", "8M", "rdelay=500ms"],
         stdout=subprocess.DEVNULL,
     )
     try:
-        until(Path("slow").exists)
+        until(lambda: listens(folder / "slow"))
         qedfs("create", "-b", "nbd+unix:///?socket=slow", "leaf.qed")
         before = {path.name for path in folder.iterdir()}
         for number in (signal.SIGKILL, signal.SIGINT):

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import qedfs
+from contrib.boot.server import listens
 from tests.namespaces import FORGET_MOUNTS
 
 QEDFS = (sys.executable, "-m", "qedfs")
@@ -143,7 +144,7 @@ def nbd_server(image: Path, path: Path) -> Iterator[str]:
     command = ["qemu-nbd", "-r", "-f", "raw", "-k", str(path), "-e", "9", "-t", str(image)]
     with subprocess.Popen(command) as server:
         try:
-            eventually(path.exists)
+            eventually(lambda: listens(path))
             yield f"nbd+unix:///?socket={path}"
         finally:
             server.terminate()
@@ -404,7 +405,7 @@ def test_leaf_that_qemu_has_open_is_refused(place: Place) -> None:
     path = place.folder / "socket"
     with subprocess.Popen(["qemu-nbd", "-f", "qed", "-k", str(path), "-t", str(leaf)]) as server:
         try:
-            eventually(path.exists)
+            eventually(lambda: listens(path))
             before = leaf.read_bytes()
             done = place.try_mount(leaf)
             assert (done.returncode, done.stdout) == (1, "")

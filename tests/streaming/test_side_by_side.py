@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from contrib.boot.server import listens
 from qedfs.session.streams import IN_FLIGHT
 from tests.cli.commands import mounted, qedfs, qedfs_json
 from tests.failing.rig import MIB, until
@@ -35,7 +36,7 @@ def far_away(base: Path, socket: Path) -> Iterator[str]:
     command = ["nbdkit", "--foreground", "--readonly", "--unix", str(socket), "--filter=delay", "file", str(base)]
     with subprocess.Popen([*command, "rdelay=100ms"]) as server:
         try:
-            until(socket.exists)
+            until(lambda: listens(socket))
             yield f"nbd+unix:///?socket={socket}"
         finally:
             server.terminate()
