@@ -374,7 +374,7 @@ def main() -> None:
     sizes = QUICK if arguments.quick else FULL
     rounds = arguments.rounds or (1 if arguments.quick else 3)
     with tempfile.TemporaryDirectory(prefix="qedfs-bench-", dir=arguments.folder) as name:
-        folder = Path(name)
+        folder = Path(name).absolute()
         make_bases(folder / "bases", sizes)
         print(f"Linux {platform.release()}, {os.cpu_count()} cores, Python {platform.python_version()}")
         print(
