@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from contrib.boot.server import listens
+from contrib.boot.server import free_port, listens
 
 MIB = 1 << 20
 PATIENCE = 900.0
@@ -92,8 +92,7 @@ http {{
 @contextlib.contextmanager
 def http_server(folder: Path) -> Iterator[str]:
     """Serve the files of `folder` by nginx; yield the port on this host."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     config = folder.with_suffix(".conf")
     # Its workers would be of another user otherwise, and temporary folders are for us alone.
     user = "user root;" if os.getuid() == 0 else ""

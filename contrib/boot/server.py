@@ -23,6 +23,23 @@ TRANSPORTS = ("unix", "tcp")
 ACTIVATION = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
 
 
+_kept: list[socket.socket] = []
+"""Of `free_port`."""
+
+
+def free_port() -> int:
+    """Return a TCP port of loopback for a server that sets SO_REUSEADDR, as servers do.
+
+    The kernel gives it to nobody who asks for any port as long as this process lives.
+    """
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    _kept.append(kept)
+    port: int = kept.getsockname()[1]
+    return port
+
+
 def listens(path: Path) -> bool:
     """Whether somebody listens on the unix socket `path`, by the kernel's list: the file is there a moment earlier."""
     listening = "00010000"  # flags of a socket: __SO_ACCEPTCON

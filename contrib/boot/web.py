@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from contrib.boot.guest import BootError, run
+from contrib.boot.server import free_port
 
 SERVER = "nginx"
 NAME = "base.qcow2"
@@ -42,8 +43,7 @@ def serving(image: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     place.mkdir()
     run("qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", "-c", image, place / NAME)
     make_certificate(place)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
+    port = free_port()
     # Workers of another user could not read what is for us alone.
     user = "user root;" if os.getuid() == 0 else ""
     (place / "conf").write_text(CONFIG.format(user=user, folder=place, port=port, name=NAME))

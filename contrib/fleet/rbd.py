@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from contrib.bench.rig import BenchError, make_random, need, run, until
-from contrib.boot.server import listens
+from contrib.boot.server import free_port, listens
 from contrib.fleet.hosts import THINKING, Host
-from contrib.fleet.servers import free_port
 from contrib.fleet.trace import MIB, boot_trace
 
 SIZE = 256 * MIB

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from contrib.bench.rig import BenchError, answers, until
+from contrib.boot.server import free_port
 
 CONFIG = Path(__file__).with_name("cache.conf")
 FRAME = """
@@ -119,9 +119,3 @@ def cache(folder: Path, target: int, *, slice: int = 1 << 20, lock: bool = True)
             raise BenchError(f"{CONFIG.name}: does not say {old!r} any more")
         text = text.replace(old, new)
     return Nginx(folder, port, text)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port

@@ -56,8 +56,8 @@ class Report:
         )
 
 
-def soak(seconds: float, seed: int, folder: Path, report: Report) -> None:
-    """Go on in `folder`, an empty directory, until `seconds` have passed and the round is over; fill `report`.
+def soak(seconds: float, seed: int, folder: Path, report: Report, *, least: int = 1) -> None:
+    """Go on in `folder`, an empty directory, until `seconds` have passed and `least` rounds are over; fill `report`.
 
     Raises:
         Violation: a promise was broken, or the watched process leaks; `report` tells what was done until then.
@@ -70,7 +70,7 @@ def soak(seconds: float, seed: int, folder: Path, report: Report) -> None:
         choice = random.Random(seed)
         start = time.monotonic()
         watched = steady.mount()
-        while time.monotonic() < start + seconds:
+        while time.monotonic() < start + seconds or report.rounds < least:
             end = ENDS[report.rounds % len(ENDS)]
             try:
                 _round(report, bases, steady, ending, end, choice)

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from contrib.boot.server import free_port
+
 if TYPE_CHECKING:
     from obstore.store import S3Store
 
@@ -44,13 +46,6 @@ def program(name: str) -> str:
     path = shutil.which(name, path=places)
     assert path, f"{name} is missing (`sh contrib/test.sh` installs what the tests need)"
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @dataclass

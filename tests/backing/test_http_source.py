@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import trio
 
+from contrib.boot.server import free_port
 from qedfs.backing.base import Identity, Source
 from qedfs.backing.locate import Reference, open_backing
 from qedfs.backing.policy import Policy
 from qedfs.errors import BackingChanged, BackingError, BackingRefused, BackingUnavailable, NotAllowed
-from tests.backing.object_servers import free_port
 from tests.backing.samples import KIB, MIB, make_qed, random_bytes
 from tests.backing.web_reading import backing_at, opened, read
 from tests.backing.web_servers import Web, nginx

@@ -136,10 +136,11 @@ async def test_a_part_that_is_late_is_asked_for_a_second_time_of_the_same_server
     await create(NewLeaf(str(tmp_path / "l"), None, scripted.url, "raw", Geometry(CLUSTER, 4), "", False, False))
     async with served(tmp_path / "l") as disk:
         await read_clusters(disk, 25)
+        before = disk.statistics().backing_asked_twice
         scripted.script.append(_late)
         with trio.fail_after(10):
             await read(disk, 25 * CLUSTER)
-        assert disk.statistics().backing_asked_twice == 1
+        assert disk.statistics().backing_asked_twice == before + 1
         scripted.released.set()
 
 

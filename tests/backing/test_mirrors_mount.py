@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from contrib.boot.server import free_port
 from qedfs.backing.locate import Reference, Route, open_backing
 from qedfs.backing.policy import Policy
 from qedfs.errors import BackingRefused, NotAllowed
@@ -106,8 +106,7 @@ def test_what_is_no_mirror_makes_no_leaf(webs: list[ScriptedWeb], tmp_path: Path
     assert "has 299520 bytes, the backing 300032" in refused("create", "-b", name_of(webs), leaf)
     webs[1].content = CONTENT
     assert "cannot have mirrors" in refused("create", "--hold", "-b", name_of(webs), leaf)
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        port = gone.getsockname()[1]
+    port = free_port()
     assert "cannot connect" in refused("create", "-b", f"mirrors:{webs[0].url}/x|http://127.0.0.1:{port}/x", leaf)
     assert not leaf.exists()
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.backing.object_servers import free_port
+from contrib.boot.server import free_port
 from tests.nbd.certificates import Authority
 
 _CONFIG = """

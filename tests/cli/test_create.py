@@ -103,7 +103,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing_behind(tmp_path: Path, argumen
     before = sorted(os.listdir())
     start = time.monotonic()
     line = refused("create", *arguments)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert why in line
     assert "secret" not in line
     assert sorted(os.listdir()) == before
@@ -115,7 +115,7 @@ def test_a_server_that_never_answers_is_given_up_on(tmp_path: Path) -> None:
         silent.listen()
         start = time.monotonic()
         assert "does not answer" in refused("create", "-b", "nbd:unix:silent.sock", "leaf.qed")
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
     assert not Path("leaf.qed").exists()
 
 

@@ -205,12 +205,12 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path) -> None:
 def test_a_killed_export_leaves_nothing_behind(folder: Path) -> None:
     qedfs("create", "-b", "nbd+unix:///?socket=slow", "-s", "1M", "leaf.qed", status=1)
     server = subprocess.Popen(
-        ["nbdkit", "--foreground", "--unix", str(folder / "slow"), "--filter=delay", "pattern", "8M", "rdelay=500ms"],
+        ["nbdkit", "--foreground", "--unix", str(folder / "slow"), "--filter=delay", "pattern", "8M", "rdelay=3600"],
         stdout=subprocess.DEVNULL,
     )
     try:
         until(lambda: listens(folder / "slow"))
-        qedfs("create", "-b", "nbd+unix:///?socket=slow", "leaf.qed")
+        qedfs("create", "-b", "nbd+unix:///?socket=slow", "-F", "raw", "leaf.qed")
         before = {path.name for path in folder.iterdir()}
         for number in (signal.SIGKILL, signal.SIGINT):
             with subprocess.Popen([*QEDFS, "export", "leaf.qed", "out.raw"]) as export:

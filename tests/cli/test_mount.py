@@ -267,7 +267,7 @@ def test_unmount_returns_when_the_leaf_is_closed(place: Place) -> None:
     pid = place.mount(leaf)
     (place.mnt / "vm.raw").read_bytes()
     place.unmount()
-    with contextlib.suppress(FileNotFoundError):  # where nobody collects the dead, a zombie stays
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # where nobody collects the dead, a zombie stays
         assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     qemu_img("check", "-q", leaf)  # clean, and not locked
 
@@ -402,10 +402,11 @@ def test_mounted_leaf_is_refused_by_qemu_and_by_a_second_mount(place: Place) -> 
 
 def test_leaf_that_qemu_has_open_is_refused(place: Place) -> None:
     leaf = place.leaf("vm.qed")
-    path = place.folder / "socket"
-    with subprocess.Popen(["qemu-nbd", "-f", "qed", "-k", str(path), "-t", str(leaf)]) as server:
+    ready = place.folder / "ready"  # written when it has the image open; it listens earlier
+    command = ["qemu-nbd", "-f", "qed", "-k", str(place.folder / "socket"), "--pid-file", str(ready), "-t", str(leaf)]
+    with subprocess.Popen(command) as server:
         try:
-            eventually(lambda: listens(path))
+            eventually(ready.exists)
             before = leaf.read_bytes()
             done = place.try_mount(leaf)
             assert (done.returncode, done.stdout) == (1, "")

@@ -36,7 +36,7 @@ def serving(*arguments: str | Path, end: signal.Signals = signal.SIGTERM) -> Ite
             assert uri, server.stderr.read()
             yield uri
             server.send_signal(end)
-            assert server.wait(timeout=10) == 0
+            assert server.wait(timeout=30) == 0
             assert not server.stderr.read()
         finally:
             server.kill()

@@ -97,7 +97,7 @@ def in_foreground(leaf: Path, mountpoint: Path, options: str) -> Iterator[subpro
     line = [*QEDFS, "mount", "-f", "-o", options, str(leaf), str(mountpoint)]
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
     try:
-        until(lambda: os.path.ismount(mountpoint))
+        until(lambda: os.path.ismount(mountpoint) or process.poll() is not None)
         yield process
     finally:
         process.send_signal(signal.SIGTERM)

@@ -120,7 +120,7 @@ def test_mount_in_the_background_is_told_of_by_the_process_that_was_started(list
         with pytest.raises(subprocess.TimeoutExpired):
             started.wait(0.2)
         os.close(barrier.held)
-        assert started.wait(2) == 0
+        assert started.wait(PATIENCE) == 0
     os.kill(server, signal.SIGTERM)
     ending = listener.next()
     assert (ending.text, ending.pid) == ("STOPPING=1", server)

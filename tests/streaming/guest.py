@@ -94,11 +94,15 @@ class Guest:
         self._seed += 1
         self.loads.start(self._seed, seconds)
 
+    def has_written(self) -> bool:
+        """Whether any write was acknowledged, in this mount or an earlier one."""
+        return bool(self._ledger.acknowledged.any())
+
     def ended(self) -> None:
         """Wait for the loads; they have seen nothing that cannot be, and what they wrote was acknowledged."""
         complaints = self.loads.ended()
         assert complaints == {}
-        assert self._ledger.acknowledged.any()
+        assert self.has_written()
 
     def judge(self, disk: Disk) -> bytes:
         """Return the whole disk as the mount shows it: every sector is one that the ledger allows, from now on the only one."""

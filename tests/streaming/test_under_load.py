@@ -53,7 +53,7 @@ def test_image_streamed_under_load_stands_alone(
 def test_server_that_is_killed_and_comes_back_costs_only_time(seed: int, tmp_path: Path, stack: ExitStack) -> None:
     servers = stack.enter_context(ExitStack())
     guest = Guest(tmp_path, servers.enter_context(source("qemu-nbd", tmp_path / "base", seed)), seed, stack)
-    with guest.mounted(IN_A_SECOND) as disk:
+    with guest.mounted(f"stream_rate={SIZE // 10}") as disk:
         guest.start(3)
         stream(disk)
         until(lambda: progress(disk) > 30)
@@ -62,6 +62,7 @@ def test_server_that_is_killed_and_comes_back_costs_only_time(seed: int, tmp_pat
         until(lambda: disk.attribute("state") == "backing-error")
         assert progress(disk) < 100
         stack.enter_context(nbd_server(tmp_path / "base"))
+        set_attribute(disk, "stream_rate", SIZE)
         complete(disk)
         guest.ended()
         guest.end(disk)
@@ -77,6 +78,7 @@ def test_streaming_goes_on_after_every_kill(seed: int, tmp_path: Path, stack: Ex
                 stream(disk)  # remembered from now on
             assert disk.attribute("mode") == "stream"
             guest.start(0)
+            until(guest.has_written)
             time.sleep(chance.uniform(0.1, 0.5))
             disk.kill()
             guest.ended()
