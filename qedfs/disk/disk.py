@@ -189,7 +189,11 @@ class Disk:
             most = self._image.geometry.max_image_size
             raise UsageError(self.name, f"{size} bytes is not a multiple of {SECTOR} up to {most}")
         self._check_writable()
-        await growth.grow(self._image, self._claims, self._writes, self._backing, size)
+        try:
+            await growth.grow(self._image, self._claims, self._writes, lambda: self._backing, size)
+        except QedfsError as error:
+            self.note(error)
+            raise
 
     def _check_writable(self) -> None:
         if self.read_only:

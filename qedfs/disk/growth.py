@@ -6,6 +6,8 @@ made zero clusters first. Steps (docs/durability.md): zero entries and the old t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from qedfs.backing.resilient import Backing
 from qedfs.disk.claims import Claims
 from qedfs.disk.writes import Writes
@@ -13,10 +15,13 @@ from qedfs.image.image import Image
 from qedfs.image.tables import Counts, State
 
 
-async def grow(image: Image, claims: Claims, writes: Writes, backing: Backing | None, size: int) -> None:
+async def grow(
+    image: Image, claims: Claims, writes: Writes, backing_now: Callable[[], Backing | None], size: int
+) -> None:
     """Grow the disk of `image` to `size` bytes unless it is that large already.
 
-    Serialised by the claim of everything from the old last cluster on. Waits for the backing where its length decides.
+    Serialised by the claim of everything from the old last cluster on. Waits for the backing where its length decides;
+    `backing_now` tells which it is, None of an image that stands alone.
 
     Raises:
         LeafError, LeafFull, LeafFailed, BackingRefused: the disk keeps its old size.
@@ -28,6 +33,8 @@ async def grow(image: Image, claims: Claims, writes: Writes, backing: Backing | 
         old = image.header.image_size
         if old >= size:
             return
+        # The backing as well: the claim may have been that of a completion.
+        backing = backing_now()
         backing_end = await backing.size() if backing is not None and old < image.geometry.max_image_size else 0
         await _zero_tail(image, writes, old, backing_end)
         exposed = await _zero_new(image, old, size, backing_end)

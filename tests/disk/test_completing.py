@@ -156,6 +156,25 @@ async def test_a_growth_and_a_completion_come_one_after_the_other() -> None:
     assert judge(storage.content, b"").content == BASE + bytes(4 * C)
 
 
+async def test_a_growth_that_waits_for_a_completion_finds_the_backing_gone() -> None:
+    """Also one by a write past the end: it must not be lost."""
+    storage = await empty_image(16 * C)
+    async with memory_disk(storage, BASE + pattern(8 * C, 3)) as rig:
+        await step_through(rig)
+        gate = storage.hold("flush")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.disk.complete)
+            await gate.arrived()
+            nursery.start_soon(rig.disk.grow, 20 * C)
+            nursery.start_soon(rig.disk.write, 20 * C, bytes(C) + b"w" * 512)
+            await settled()
+            gate.release()
+        assert rig.disk.populate is None
+        expected = BASE + bytes(5 * C) + b"w" * 512
+        assert bytes(await rig.disk.read(0, 22 * C)) == expected
+    assert judge(storage.content, b"").content == expected
+
+
 async def test_whoever_waits_for_the_backing_when_the_disk_completes_gets_his_bytes() -> None:
     storage = await empty_image(2 * C)
     async with memory_disk(storage, BASE[: 2 * C], mode=Mode.COW) as rig:
