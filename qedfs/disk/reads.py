@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import trio
@@ -17,6 +18,28 @@ from qedfs.image.image import Image
 from qedfs.image.tables import Run, State
 
 Data = bytes | bytearray | memoryview
+
+REPEATED_WITHIN = 0.05
+"""Seconds. When a read with its read-ahead has failed, the kernel asks at once for the one page that it needs. Whoever waits
+for that has waited as long as he may. Not longer: the backing may be back, and others may read there."""
+
+
+class GivenUp:
+    """Ranges of the disk whose reads have been given up a moment ago. Times are trio's."""
+
+    def __init__(self) -> None:
+        self._ranges: deque[tuple[float, int, int]] = deque()
+        """When it is to be forgotten, first and last position; in order of time."""
+
+    def note(self, pos: int, length: int) -> None:
+        self._ranges.append((trio.current_time() + REPEATED_WITHIN, pos, pos + length))
+
+    def has(self, pos: int, length: int) -> bool:
+        """Whether a part of the range is among them."""
+        now = trio.current_time()
+        while self._ranges and self._ranges[0][0] <= now:
+            self._ranges.popleft()
+        return any(first < pos + length and pos < end for _, first, end in self._ranges)
 
 
 class Reads:
@@ -41,6 +64,7 @@ class Reads:
         self._fetches = fetches
         self._cluster_size = image.geometry.cluster_size
         self._shift = self._cluster_size.bit_length() - 1
+        self._given_up = GivenUp()
         self._readahead = Readahead(options.readahead // self._cluster_size)
 
     def stand_alone(self) -> None:
@@ -52,6 +76,14 @@ class Reads:
 
         Raises as `Disk.read`.
         """
+        try:
+            return await self._read(pos, length, copying)
+        except BackingUnavailable:
+            if not self._given_up.has(pos, length):  # else it did not wait, and who comes next has to
+                self._given_up.note(pos, length)
+            raise
+
+    async def _read(self, pos: int, length: int, copying: Callable[[], bool]) -> Data:
         run = await self._image.run(pos, length)
         if run.length == length:
             return await self._read_run(run, copying)
@@ -82,6 +114,8 @@ class Reads:
             return bytes(run.length)
         if self._backing is None:
             return await self._read_alone(run)
+        if self._given_up.has(run.pos, run.length):
+            raise timed_out(self._backing, self._options)
         with trio.move_on_after(self._options.backing_timeout or float("inf")):
             # Asked once: mode and hold may change, and a rest may end, while the bytes are on their way.
             copied = copying()

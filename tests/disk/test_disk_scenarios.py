@@ -370,6 +370,34 @@ async def test_a_read_gives_up_an_unreachable_backing_in_time_and_a_write_waits_
         assert bytes(await rig.disk.read(5 * C, 3)) == BASE[5 * C : 5 * C + 1] + b"x" + BASE[5 * C + 2 : 5 * C + 3]
 
 
+async def test_the_kernel_that_asks_for_a_page_of_what_was_given_up_need_not_wait_again(
+    autojump_clock: trio.testing.MockClock, expected_warnings: Expect
+) -> None:
+    """It does so after each read-ahead that failed; the guest's one read would take twice the time."""
+    expected_warnings("unreachable for 10 s")
+    source = FakeSource(BASE)
+    source.error = BackingUnavailable("fake", "no route")
+    async with memory_disk(await empty_image(16 * C), source, backing_timeout=10) as rig:
+
+        async def waited(pos: int, length: int) -> float:
+            began = trio.current_time()
+            with pytest.raises(BackingUnavailable, match="unreachable for 10 s, given up for this read"):
+                await rig.disk.read(pos, length)
+            return trio.current_time() - began
+
+        await rig.disk.write(4 * C, bytes(C))
+        assert await waited(0, 8 * C) == pytest.approx(10)
+        assert [await waited(pos, 512) for pos in (0, 6 * C)] == [0, 0]
+        assert bytes(await rig.disk.read(4 * C, C)) == bytes(C)
+        assert await waited(8 * C, C) == pytest.approx(10)
+        assert await waited(0, 512) == pytest.approx(10), "that is another read by now"
+        for _ in range(3):
+            assert await waited(0, 512) == 0
+            await trio.sleep(0.02)
+        source.error = None
+        assert bytes(await rig.disk.read(0, 512)) == BASE[:512], "asking again and again does not keep it away"
+
+
 async def test_growth_over_a_longer_backing_shows_zeros_whatever_is_on_its_way() -> None:
     """The old end lies inside a cluster that is being fetched and copied for the old size."""
     base = pattern(16 * C)
@@ -404,7 +432,8 @@ async def test_writers_past_the_end_grow_the_disk_once_each_and_lose_nothing() -
     assert judge(storage.content, BASE).content == expected
 
 
-async def test_a_growth_that_fails_keeps_the_old_size_and_can_be_repeated() -> None:
+async def test_a_growth_that_fails_keeps_the_old_size_is_told_and_can_be_repeated(expected_warnings: Expect) -> None:
+    expected_warnings("no room")
     storage = await empty_image(10 * C + 512)
     async with memory_disk(storage, BASE) as rig:
         await rig.disk.write(0, b"x")
@@ -412,6 +441,7 @@ async def test_a_growth_that_fails_keeps_the_old_size_and_can_be_repeated() -> N
         with pytest.raises(LeafFull):
             await rig.disk.grow(14 * C)
         assert rig.disk.size == 10 * C + 512
+        assert "no room" in rig.disk.statistics().last_error
         storage.heal()
         await rig.disk.grow(14 * C)
         assert bytes(await rig.disk.read(10 * C, 9 * C)) == BASE[10 * C :][:512] + bytes(4 * C - 512)
