@@ -121,6 +121,10 @@ def masked(name: str) -> str:
     if not _PROTOCOL.match(name):
         return name
     name = without_user(name)
+    # Of what is no address, perhaps for want of a slash, too.
+    name = re.sub(
+        r"^(?!file:|nbd:unix:|nbd:[^:@]*:\d+(?::|$))([^/@]*?:/?)(?!/)[^@]*:.*@", r"\1***@", name, flags=re.DOTALL
+    )
     # Paths and names are no secrets, and without them nobody knows which server is meant.
     if re.fullmatch(r"nbds?[^?#]*\?&?((socket|tls-hostname|tls-certificates)=[^&#?]*(&|$))+", name, re.IGNORECASE):
         return name

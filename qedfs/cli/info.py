@@ -7,7 +7,6 @@ import json
 import click
 import trio
 
-from qedfs.errors import printable
 from qedfs.report.info import Description, describe, info_json, info_text
 from qedfs.report.mounted import image_behind
 from qedfs.session.leaf import looked_at
@@ -22,8 +21,7 @@ def command(as_json: bool, image: str) -> None:
     if as_json:
         click.echo(json.dumps(info_json(description), indent=4))
         return
-    for line in info_text(description).split("\n"):
-        click.echo(printable(line))
+    click.echo(info_text(description))
 
 
 async def _describe(path: str) -> Description:

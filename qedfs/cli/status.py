@@ -8,7 +8,7 @@ import click
 import trio
 from rich.console import Console
 
-from qedfs.errors import UsageError, printable
+from qedfs.errors import UsageError
 from qedfs.report.progress import opened
 from qedfs.report.status import Status, read_status, status_text
 from qedfs.report.waiting import PERIOD
@@ -29,8 +29,7 @@ def command(as_json: bool, watch: bool, paths: tuple[str, ...]) -> None:
     if as_json:
         click.echo(json.dumps([image.to_json() for image in images], indent=4))
         return
-    for line in status_text(images).split("\n"):
-        click.echo(printable(line))
+    click.echo(status_text(images))
 
 
 async def _watch(paths: tuple[str, ...]) -> None:

@@ -386,10 +386,14 @@ class Disk:
             self._tell()
 
     async def counts(self) -> Counts:
-        """Return the counts of data and zero clusters, promised ones included, once all tables have been seen."""
+        """Return the counts of data and zero clusters, once all tables have been seen.
+
+        Zero are those that are promised to be, and all that an image that stands alone does not have.
+        """
         counts = await self._image.counts()
-        promised = self._populate.promised() if self._populate is not None else 0
-        return Counts(counts.data, counts.zero + promised)
+        if self._populate is not None:
+            return Counts(counts.data, counts.zero + self._populate.promised())
+        return Counts(counts.data, self._image.geometry.clusters(self.size) - counts.data)
 
     def allocated_bytes_nowait(self) -> int:
         """Return how many bytes of data clusters the leaf holds, 0 while its tables have not all been seen."""

@@ -10,7 +10,7 @@ import trio
 
 from qedfs.backing.foreign import HEAD, format_by_magic, inspect, known_format
 from qedfs.backing.location import FileLocation, Location, masked, parse_location
-from qedfs.errors import QedfsError
+from qedfs.errors import QedfsError, printable
 from qedfs.image import header as headers
 from qedfs.image import record as records
 from qedfs.image.header import Header
@@ -157,6 +157,7 @@ def info_json(description: Description) -> dict[str, Any]:
         fields["problem"] = description.problem
     if description.backing_name:
         fields["backing-filename"] = description.backing_name
+        fields["full-backing-filename"] = _from_here(description.backing_name, description.path)
         if header.backing_is_raw:
             fields["backing-filename-format"] = "raw"
         if pin:
@@ -173,13 +174,20 @@ def info_json(description: Description) -> dict[str, Any]:
     return fields
 
 
+def _from_here(name: str, image: str) -> str:
+    """Return the `name` that `image` gives its backing as it is called from where `image` is called so, by QEMU's rule."""
+    has_protocol = ":" in name.partition("/")[0]
+    return name if has_protocol else os.path.join(os.path.dirname(image), name)
+
+
 def _clusters(description: Description, counts: Counts) -> dict[str, int]:
     total = description.header.geometry.clusters(description.header.image_size)
-    return {"total": total, "data": counts.data, "zero": counts.zero, "backing": total - counts.data - counts.zero}
+    zero = counts.zero if description.backing_name else total - counts.data  # what is nowhere reads as zeros
+    return {"total": total, "data": counts.data, "zero": zero, "backing": total - counts.data - zero}
 
 
 def info_text(description: Description) -> str:
-    """Return a line for each thing worth knowing."""
+    """Return a line for each thing worth knowing, with control characters escaped."""
     header, record, pin = description.header, description.record, description.pin
     lines = [
         f"image: {description.path}",
@@ -206,7 +214,7 @@ def info_text(description: Description) -> str:
         lines.append(f"backing: {description.backing_name}")
         lines.append(f"backing pin: {_pin_text(pin, has_room=records.fits(header))}")
         lines += [f"chain {number}: {_level_text(level)}" for number, level in enumerate(description.chain, 1)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _pin_text(pin: Pin | None, *, has_room: bool) -> str:

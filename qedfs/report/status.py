@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qedfs.errors import NotMounted, UsageError
+from qedfs.errors import NotMounted, UsageError, printable
 from qedfs.report.mounted import is_mounted, read_attribute, read_attributes, read_some
 from qedfs.report.sizes import size_text
 
@@ -94,8 +94,8 @@ def _listed(mountpoint: str) -> tuple[list[str], list[RefusedImage]]:
 
 
 def status_text(images: Iterable[Status]) -> str:
-    """Return a table with a line for each image, its newest error below it."""
-    rows = [("IMAGE", "MODE", "STATE", "PROGRESS", "LOCAL", "SIZE", "BACKING")]
+    """Return a table with a line for each image, its newest error below it; control characters are escaped."""
+    rows: list[tuple[str, ...]] = [("IMAGE", "MODE", "STATE", "PROGRESS", "LOCAL", "SIZE", "BACKING")]
     errors: dict[int, str] = {}
     for image in images:
         if isinstance(image, RefusedImage):
@@ -117,11 +117,12 @@ def status_text(images: Iterable[Status]) -> str:
         )
         if values.get("last_error"):
             errors[len(rows) - 1] = values["last_error"]
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     lines = []
     for number, row in enumerate(rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  ".join([*cells, row[-1]]))
         if number in errors:
-            lines.append(f"    {errors[number]}")
+            lines.append(f"    {printable(errors[number])}")
     return "\n".join(lines)

@@ -73,15 +73,23 @@ def raw_name(path: str) -> str:
     return (name[: -len(SUFFIX)] if name.endswith(SUFFIX) and name != SUFFIX else name) + ".raw"
 
 
-def choose(entries: Iterable[Entry], served: Collection[FileId], refused: Collection[FileId]) -> Choice:
-    """Decide which of the `entries` of one directory are leaves.
+def choose(
+    entries: Iterable[Entry], served: Collection[FileId], refused: Collection[FileId], *, names: Collection[str] = ()
+) -> Choice:
+    """Decide which of the `entries` of one directory are leaves; `names` are the paths under which some are `served`.
 
     An image that another one uses as backing is none, unless it is `served` already: then the newcomer is refused.
     Images that are `refused` (they could not be opened) do not count as users, nor do those that may not hide what they
     name. A circle of images that no leaf leads into is made of leaves: opening them tells what is wrong. Of two that would
-    have one name in the mount the served one stays, else a trusted one, else the first if they have the same owner.
+    have one name in the mount the served one stays, else a trusted one, else the first if they have the same owner. An image
+    with two names (links) is a leaf under the one under which it is served, else under the first.
     """
-    images = {entry.id: entry for entry in entries if entry.is_qed}
+    found = sorted(
+        (entry for entry in entries if entry.is_qed), key=lambda entry: (entry.path not in names, entry.path)
+    )
+    images: dict[FileId, Entry] = {}
+    for entry in found:
+        images.setdefault(entry.id, entry)
     over_a_leaf = {
         image.id
         for image in images.values()
@@ -112,6 +120,11 @@ def choose(entries: Iterable[Entry], served: Collection[FileId], refused: Collec
         else:
             leaves.append(first)
             turned_down += [(image, f"would be called {name}, as {first.path} is") for image in others]
+    turned_down += [
+        (entry, f"is the same image as {images[entry.id].path}")
+        for entry in found
+        if entry is not images[entry.id] and images[entry.id] in leaves
+    ]
     return Choice(sorted(leaves, key=lambda image: image.path), turned_down)
 
 

@@ -74,12 +74,15 @@ class Folder:
                 del self._admitted[path]
                 roster.forget(path)
         served = set(roster.served.values())
-        choice = choose(self._entries.values(), served, {refusal.id for refusal in self._refusals.values()})
+        refused = {refusal.id for refusal in self._refusals.values()}
+        choice = choose(self._entries.values(), served, refused, names=roster.served)
         candidates = {entry.path for entry in choice.leaves}
+        turned_down = {entry.path for entry, _ in choice.refused}
         for path in [path for path in roster.refused if os.path.dirname(path) == self.path]:
             if path not in candidates:
                 self._refusals.pop(path, None)
-                roster.forget(path)
+                if path not in turned_down:
+                    roster.forget(path)
         for entry, reason in choice.refused:
             roster.refuse(entry.path, f"{entry.path}: {reason}")
         limiter = trio.CapacityLimiter(AT_ONCE)

@@ -21,11 +21,33 @@ def leaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "leaf.qed"
 
 
-def test_json_agrees_with_qemu_img_where_both_have_a_field(leaf: Path) -> None:
+def test_json_agrees_with_qemu_img_where_both_have_a_field(leaf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = json.loads(qemu_img("info", "-U", "--output=json", leaf))
     ours = qedfs_json("info", leaf)
-    for field in ("filename", "format", "virtual-size", "actual-size", "cluster-size", "backing-filename"):
+    for field in (
+        "filename",
+        "format",
+        "virtual-size",
+        "actual-size",
+        "cluster-size",
+        "backing-filename",
+        "full-backing-filename",
+    ):
         assert ours[field] == theirs[field]
+    monkeypatch.chdir("/")
+    for name in ("base.raw", str(leaf.parent / "base.raw"), "./x:y"):
+        qemu_img("rebase", "-u", "-b", name, "-F", "raw", leaf)
+        theirs = json.loads(qemu_img("info", "-U", "--output=json", leaf))
+        assert qedfs_json("info", leaf)["full-backing-filename"] == theirs["full-backing-filename"]
+
+
+def test_no_name_makes_a_line_of_its_own(leaf: Path) -> None:
+    name = "evil\n\x1b[31mdirty no"
+    Path(name).write_bytes(bytes(1 << 20))
+    qedfs("create", "-b", name, "-F", "raw", name + ".qed")
+    lines = qedfs("info", name + ".qed")[0].splitlines()
+    assert len(lines) == len(qedfs("info", "middle.qed")[0].splitlines())
+    assert sum(r"evil\n\x1b[31mdirty no" in line for line in lines) == 3
 
 
 def test_clusters_and_chain_are_told(leaf: Path) -> None:
@@ -33,6 +55,15 @@ def test_clusters_and_chain_are_told(leaf: Path) -> None:
     assert info["clusters"] == {"total": 16, "data": 1, "zero": 2, "backing": 13}
     chain = [(level["filename"], level["format"], level["virtual-size"], level["problem"]) for level in info["chain"]]
     assert chain == [("middle.qed", "qed", 1 << 20, None), ("base.raw", "raw", 1 << 20, None)]
+
+
+def test_nothing_is_missing_of_an_image_that_stands_alone(tmp_path: Path) -> None:
+    qedfs("create", "-s", "1M", "alone.qed")
+    qemu_io(Path("alone.qed"), "write 64k 64k", "write -z 256k 64k")
+    assert qedfs_json("info", "alone.qed")["clusters"] == {"total": 16, "data": 1, "zero": 15, "backing": 0}
+    with mounted(tmp_path / "alone.qed", tmp_path / "mnt") as mnt:
+        (status,) = qedfs_json("status", mnt)
+    assert [status[f"clusters_{kind}"] for kind in ("total", "data", "zero", "backing")] == [16, 1, 15, 0]
 
 
 def test_a_chain_that_cannot_be_followed_is_told_and_is_no_error(leaf: Path) -> None:

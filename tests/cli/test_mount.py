@@ -462,6 +462,24 @@ def test_leaves_come_and_go_with_their_files(place: Place) -> None:
     place.unmount()
 
 
+def test_names_that_are_left_out_are_listed_and_logged_once(place: Place) -> None:
+    place.leaf("images/vm")
+    place.leaf("images/vm.qed")
+    (place.images / "vm2.qed").symlink_to("vm")
+    assert place.try_mount("images").returncode == 0
+    place.leaf("images/later.qed")  # it is there after two more looks
+    eventually((place.mnt / "later.raw").exists)
+    vm = place.images / "vm"
+    assert sorted(os.listdir(place.mnt)) == ["later.raw", "vm.raw"]
+    assert {left_out["path"]: left_out["reason"] for left_out in place.status()["refused"]} == {
+        f"{vm}.qed": f"{vm}.qed: would be called vm.raw, as {vm} is",
+        f"{vm}2.qed": f"{vm}2.qed: is the same image as {vm}",
+    }
+    log = place.log.read_text()
+    assert (log.count("would be called"), log.count("is the same image as")) == (1, 1)
+    place.unmount()
+
+
 def test_refused_file_is_tried_again_when_it_changes(place: Place) -> None:
     bad = place.images / "vm.qed"
     bad.write_bytes(b"QED\0" + b"\xff" * 100)

@@ -46,6 +46,18 @@ def test_a_mount_lists_its_disks_and_what_it_left_out_with_the_reason(mnt: Path)
     assert len(lines) == 4
 
 
+def test_no_name_makes_a_line_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    qedfs("create", "-s", "1M", tmp_path / "images" / "a\nb.qed")
+    (tmp_path / "images" / "c\nd.qed").write_bytes(b"QED\0" + bytes(1000))
+    with mounted(tmp_path / "images", tmp_path / "mnt") as mnt:
+        lines = qedfs("status", mnt)[0].splitlines()
+    assert len(lines) == 4
+    assert r"mnt/a\nb.raw" in lines[1]
+    assert r"images/c\nd.qed" in lines[2]
+    assert r"images/c\nd.qed" in lines[3]
+
+
 def test_several_paths_are_told_one_after_the_other(mnt: Path) -> None:
     assert len(qedfs_json("status", mnt / "vm.raw", mnt)) == 3
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.session.sources import Entry, FileId, Stamp, choose, raw_name, scan
+from qedfs.session.sources import Choice, Entry, FileId, Stamp, choose, raw_name, scan
 
 
 def _image(name: str, inode: int, backing: int | None = None) -> Entry:
@@ -36,6 +36,20 @@ def test_name_in_the_mount(path: str, name: str) -> None:
 
 def test_images_without_ties_are_all_leaves_in_order_of_their_names() -> None:
     assert _names(choose([_image("b", 2), _image("a", 1)], [], []).leaves) == ["a", "b"]
+
+
+def test_an_image_with_two_names_is_one_leaf_and_the_other_name_is_told() -> None:
+    images = [_image("b", 1), _image("a", 1), _image("c", 1)]
+    choice = choose(images, [], [])
+    assert _names(choice.leaves) == ["a"]
+    assert [(entry.path, reason) for entry, reason in choice.refused] == [
+        ("/d/b", "is the same image as /d/a"),
+        ("/d/c", "is the same image as /d/a"),
+    ]
+    choice = choose(images, [FileId(1, 1)], [], names=["/d/b"])
+    assert (_names(choice.leaves), _names([entry for entry, _ in choice.refused])) == (["b"], ["a", "c"])
+    backing = [_image("a", 1), _image("b", 1), _image("leaf", 2, backing=1)]
+    assert choose(backing, [], []) == Choice([backing[2]], [])
 
 
 def test_other_files_are_ignored() -> None:
