@@ -34,6 +34,7 @@ from qedfs.session.leaf import NewLeaf, create
 @click.option("--mode", type=click.Choice([mode.value for mode in Mode]), help="Stored in the leaf. Default: cor.")
 @click.option("--hold", is_flag=True, help="Copy and record nothing until a migration releases the leaf.")
 @click.option("--secret", metavar="fd:N|file:PATH", help="Where the passphrase of an encrypted BACKING is.")
+@click.option("--allow-backing", multiple=True, metavar="PATTERN", help="Which backings images may name, as for mount.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @click.argument("leaf")
 def command(
@@ -45,6 +46,7 @@ def command(
     mode: str | None,
     hold: bool,
     secret: str | None,
+    allow_backing: tuple[str, ...],
     force: bool,
     leaf: str,
 ) -> None:
@@ -61,6 +63,7 @@ def command(
         hold=hold,
         overwrite=force,
         secret=None if secret is None else read_secret(secret, "--secret"),
+        allow_backing=allow_backing,
     )
     header, found = trio.run(create, new)
     on = f" on {masked(backing)} ({found})" if backing else ""

@@ -45,6 +45,8 @@ class NewLeaf:
     overwrite: bool
     secret: bytes | None = None
     """The passphrase of an encrypted backing."""
+    allow_backing: tuple[str, ...] = ()
+    """As the mount option."""
 
 
 class Made(NamedTuple):
@@ -77,7 +79,7 @@ async def create(leaf: NewLeaf) -> Made:
             overwrite=leaf.overwrite,
         )
         return Made(header, "")
-    async with _opened(leaf.backing, leaf.format, leaf.path, leaf.secret) as source:
+    async with _opened(leaf.backing, leaf.format, leaf.path, leaf.secret, leaf.allow_backing) as source:
         if leaf.hold and is_mirrors(leaf.backing):
             raise UsageError(leaf.path, "a held leaf cannot have mirrors: what changes is in one place")
         if leaf.hold and source.format not in _SEEN:
@@ -100,14 +102,23 @@ async def reach(backing: str, format: str | None, path: str) -> None:
     Raises:
         BackingError: it cannot be opened, or does not answer.
     """
-    async with _opened(backing, format, path, None):
+    async with _opened(backing, format, path):
         pass
 
 
-async def rebase(path: str, backing: str, format: str | None, *, force: bool, secret: bytes | None = None) -> bool:
+async def rebase(
+    path: str,
+    backing: str,
+    format: str | None,
+    *,
+    force: bool,
+    secret: bytes | None = None,
+    allow_backing: tuple[str, ...] = (),
+) -> bool:
     """Let the leaf at `path` name `backing`, or none if that is empty; return whether its identity could be recorded.
 
     With `force` a backing of another size, or one that does not answer (its format must be told then), is taken too.
+    `allow_backing` is as the mount option.
 
     Raises:
         UsageError: the leaf still needs its backing, or `force` would be needed.
@@ -117,7 +128,7 @@ async def rebase(path: str, backing: str, format: str | None, *, force: bool, se
     if not backing:
         return await rebase_image(await open_storage(path, writable=True), backing=None, pin=None, force=force)
     try:
-        async with _opened(backing, format, path, secret) as source:
+        async with _opened(backing, format, path, secret, allow_backing) as source:
             if not force:
                 await _refuse_other_size(path, source)
             named, pin = (backing, source.format == "raw"), _pin(backing, source)
@@ -148,10 +159,12 @@ async def looked_at(path: str) -> AsyncIterator[Image]:
 
 
 @asynccontextmanager
-async def _opened(name: str, format: str | None, leaf: str, secret: bytes | None) -> AsyncIterator[Source]:
+async def _opened(
+    name: str, format: str | None, leaf: str, secret: bytes | None = None, allow_backing: tuple[str, ...] = ()
+) -> AsyncIterator[Source]:
     reference = Reference(name, format, await trio.to_thread.run_sync(os.path.realpath, leaf))
     with trio.move_on_after(PATIENCE) as patience:
-        source = await open_backing(reference, Policy(mounter=os.getuid(), secret=secret))
+        source = await open_backing(reference, Policy(os.getuid(), allow_backing, secret=secret))
     if patience.cancelled_caught:
         raise BackingUnavailable(masked(name), f"does not answer within {PATIENCE:.0f} s")
     try:

@@ -210,6 +210,24 @@ def test_a_chain_over_several_transports_is_one_disk(web: Web, tmp_path: Path) -
     assert content_by_qemu(leaf) == expected
 
 
+def test_a_leaf_on_a_chain_on_a_server_is_made_if_its_names_are_allowed(web: Web, tmp_path: Path) -> None:
+    web.put("images/base.raw", CONTENT)
+    middle = make_qed(tmp_path / "middle.qed", "-u", "-b", "base.raw", "-F", "raw", "4M")
+    web.put("images/middle.qed", middle.read_bytes())
+    leaf, url = tmp_path / "leaf.qed", f"{web.url}/images/middle.qed"
+    assert "may name only what allow_backing names" in refused("create", "-b", url, leaf)
+    assert "no pattern of allow_backing matches it" in refused("create", "-b", url, "--allow-backing", url, leaf)
+    pattern = f"{web.url}/images/*"
+    assert qedfs("create", "-b", url, "--allow-backing", pattern, leaf)[0].endswith("middle.qed (qed)\n")
+    with mounted(leaf, tmp_path / "mnt", f"allow_backing={pattern}") as mnt:
+        assert (mnt / "leaf.raw").read_bytes() == CONTENT
+    web.put("images/copy.qed", middle.read_bytes())
+    copy = f"{web.url}/images/copy.qed"
+    assert "may name only what allow_backing names" in refused("rebase", "-b", copy, leaf)
+    qedfs("rebase", "-b", copy, "--allow-backing", pattern, leaf)
+    assert qedfs_json("info", leaf)["backing-filename"] == copy
+
+
 def test_a_leaf_on_a_compressed_qcow2_is_the_disk_that_it_was_made_of(web: Web, tmp_path: Path) -> None:
     raw, image = make_foreign(tmp_path, "qcow2", "-c", "-o", "compression_type=zstd")
     web.put("images/base.qcow2", image.read_bytes())

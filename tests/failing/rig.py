@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 QEDFS = (sys.executable, "-m", "qedfs")
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds for anything that is waited for."""
 CLUSTER = 65536
 MIB = 1 << 20
