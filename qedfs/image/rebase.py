@@ -26,17 +26,20 @@ async def rebase_image(storage: Storage, *, backing: tuple[str, bool] | None, pi
 
     `backing` is a name, stored as it is, and whether the backing is raw; None drops the reference, which is refused
     while any cluster needs the backing. `pin` says what the new backing is; without one the next mount pins it.
-    With `force` a name that finds no room beside the old one overwrites it, which a power cut may leave half-done.
+    An image that stands alone gets a backing only if it has every cluster, or with `force`: what it does not have reads as
+    zeros. With `force` a name that finds no room beside the old one overwrites it, which a power cut may leave half-done.
     The storage is closed in the end.
 
     Raises:
         InvalidImage: it is no QED image, or has no room for the name.
-        UsageError: the backing is still needed, or the room needs `force`.
+        UsageError: the backing is still needed, or something needs `force`.
         LeafError, LeafFull: it cannot be read or written.
     """
     try:
         image = await open_image(storage)
         if backing is not None:
+            if not force:
+                await _refuse_to_fill(image)
             return await _rename(image, *backing, pin, force)
         await _refuse_while_needed(image)
         await _write_header(storage, image.header.without_backing())
@@ -92,6 +95,19 @@ def _place(header: Header, length: int) -> int | None:
     if NAME_OFFSET + length <= min(taken[0], end):
         return NAME_OFFSET
     return taken[1] if taken[1] + length <= end else None
+
+
+async def _refuse_to_fill(image: Image) -> None:
+    if image.backing_name:
+        return
+    async with aclosing(image.stored().runs()) as runs:
+        async for run in runs:
+            if run.state is State.BACKING:
+                raise UsageError(
+                    image.storage.name,
+                    f"stands alone, and reads as zeros what it does not have (from byte {run.pos} on); over a backing that "
+                    "would change (--force takes it)",
+                )
 
 
 async def _refuse_while_needed(image: Image) -> None:

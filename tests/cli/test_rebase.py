@@ -69,6 +69,21 @@ def test_the_backing_is_dropped_once_the_leaf_is_complete(leaf: Path) -> None:
     assert "backing-filename" not in qedfs_json("info", leaf)
 
 
+def test_an_image_that_stands_alone_keeps_its_zeros() -> None:
+    qedfs("create", "-s", "1M", "alone.qed")
+    alone = Path("alone.qed")
+    qemu_io(alone, "write -P 1 0 64k")
+    before = alone.read_bytes()
+    assert "reads as zeros what it does not have (from byte 65536 on)" in refused("rebase", "-b", "base.raw", alone)
+    assert alone.read_bytes() == before
+    qemu_io(alone, "write -P 2 64k 960k")
+    qedfs("rebase", "-b", "base.raw", alone)
+    qemu_io(alone, "read -P 1 0 64k", "read -P 2 64k 960k")
+    qedfs("create", "-s", "1M", "empty.qed")
+    qedfs("rebase", "-b", "base.raw", "--force", "empty.qed")
+    qemu_io(Path("empty.qed"), "read -P 5 0 1M")
+
+
 def test_a_file_that_is_no_leaf_is_refused() -> None:
     assert "not a QED image" in refused("rebase", "-b", "base.raw", "copy.raw")
     assert Path("copy.raw").read_bytes() == b"\5" * (1 << 20)
