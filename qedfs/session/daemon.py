@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _USABLE = b"+"
 
@@ -43,8 +44,13 @@ def in_background(serve: Callable[[Ready], int], usable: Callable[[int], None] =
 
 def _wait_until_usable(child: int, pipe: int, signals: set[int], usable: Callable[[int], None]) -> int:
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-        with open(pipe, "rb", closefd=True) as answers:
+        with open(pipe, "rb") as answers, _woken_by_signals() as woken:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+            # Not `read` alone: a signal that comes just before it would wait for the child's answer.
+            waiting = select.poll()
+            waiting.register(answers, select.POLLIN)
+            waiting.register(woken, select.POLLIN)
+            waiting.poll()
             if answers.read(1) == _USABLE:
                 usable(child)
                 return 0
@@ -55,6 +61,19 @@ def _wait_until_usable(child: int, pipe: int, signals: set[int], usable: Callabl
             os.kill(child, signal.SIGTERM)
         raise
     return status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def _woken_by_signals() -> Iterator[int]:
+    """Have a descriptor that becomes readable with the first signal that Python handles."""
+    reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield reading
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        os.close(reading)
 
 
 def _serve_detached(serve: Callable[[Ready], int], pipe: int) -> int:
