@@ -150,10 +150,10 @@ class NbdSource(Source):
 
     async def aclose(self) -> None:
         self._closed = True
-        for line in self._lines:
-            if line.connection is not None:
-                line.connection.close()
-        await trio.lowlevel.checkpoint()
+        async with trio.open_nursery() as nursery:
+            for line in self._lines:
+                if line.connection is not None:
+                    nursery.start_soon(line.connection.leave)
 
     async def _status(self, connection: Connection, pos: int, end: int) -> list[Extent]:
         """Ask once; return at least something of `[pos, end)`, from its start on."""

@@ -120,6 +120,11 @@ class ClientTransmission:
         """Requests not yet fully answered, those whose reader has left included."""
         return len(self._pending)
 
+    @property
+    def newest(self) -> Request | None:
+        """Of the requests that are `pending`."""
+        return next(reversed(self._pending.values()), None)
+
     def read(self, pos: int, destination: memoryview) -> tuple[Request, bytes]:
         """Return a new READ of `len(destination)` bytes (1 to 2^32 - 1) at `pos`, and the bytes that ask for it."""
         request = self._new(pos, len(destination), destination)
