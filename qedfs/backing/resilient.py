@@ -109,6 +109,8 @@ class Backing:
         """Counts resets: what was opened before one is not used after it."""
         self._connecting: trio.Event | None = None
         self._closed = trio.Event()
+        self._woken = trio.Event()
+        """Pauses end: there is another source to be asked, or none any more."""
         self._requests = 0
         """Under way, retries and pauses between them included."""
         self._unused: trio.Event | None = None
@@ -240,6 +242,8 @@ class Backing:
         self._expected = expected
         self._state = BackingState.IDLE
         self._failures, self._not_before = 0, -float("inf")
+        self._woken.set()
+        self._woken = trio.Event()
         for attempt in list(self._attempts):
             attempt.cancel()
         await self._drop()
@@ -257,6 +261,7 @@ class Backing:
     async def aclose(self) -> None:
         """Close the source. Requests under way fail with BackingUnavailable."""
         self._closed.set()
+        self._woken.set()
         for attempt in list(self._attempts):
             attempt.cancel()
         await self._drop()
@@ -447,9 +452,9 @@ class Backing:
         return longest * (1 + self._jitter()) / 2
 
     async def _pause(self, seconds: float) -> None:
-        """Sleep, but not past the end."""
+        """Sleep, but not past the end or a reset."""
         with trio.move_on_after(max(seconds, 0)):
-            await self._closed.wait()
+            await self._woken.wait()
 
 
 def difference(expected: Identity, found: Identity) -> str:

@@ -94,7 +94,9 @@ class Copies:
                     if room and (await self._image.run(cluster * self._cluster_size, 1)).state is State.BACKING:
                         await self._copy_large_claimed(cluster, backing)
         except QedfsError as error:
-            self._rest(error)
+            # Between two pieces nothing is asked of the backing: it may have closed, as the image stands alone.
+            if self._image.backing_name or isinstance(error, LeafError):
+                self._rest(error)
 
     def _still_inside(self, fetch: Fetch) -> int:
         # The bytes past the end of a smaller disk are zeros and not the backing's.

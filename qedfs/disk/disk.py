@@ -28,7 +28,7 @@ from qedfs.disk.reads import Reads, timed_out
 from qedfs.disk.telling import DiskStatistics, Errors
 from qedfs.disk.upkeep import commit_by_age
 from qedfs.disk.writes import Writes
-from qedfs.errors import Held, LeafError, QedfsError, ReadOnly, UsageError
+from qedfs.errors import BackingUnavailable, Held, LeafError, QedfsError, ReadOnly, UsageError
 from qedfs.image.geometry import SECTOR
 from qedfs.image.image import Image
 from qedfs.image.tables import Counts, State
@@ -316,7 +316,12 @@ class Disk:
                 while self._populate is not None and (await self._image.run(pos, 1)).state is State.BACKING:
                     if self._copies.resting:
                         raise self._copies.error or LeafError(self.name, "takes no copies now")
-                    await self._populate.populate(cluster, cluster + 1)
+                    try:
+                        await self._populate.populate(cluster, cluster + 1)
+                    except BackingUnavailable:
+                        if self._image.backing_name:
+                            raise
+                        break  # it stands alone meanwhile, and the backing is closed
                     # A claim may have kept the copy out: then its writer makes the cluster local.
                     async with self._claims.hold(cluster, cluster + 1):
                         pass
@@ -338,8 +343,8 @@ class Disk:
             BackingRefused: what is missing cannot be told.
         """
         self._check_writable()
-        populate, backing = self._populate, self._backing
-        if populate is None or backing is None:
+        populate, backing, fetches = self._populate, self._backing, self._fetches
+        if populate is None or backing is None or fetches is None:
             return True
         if not await completion.complete(self._image, self._claims, populate):
             return False
@@ -350,6 +355,8 @@ class Disk:
         self._writes.stand_alone()
         log.info("%s: complete, stands alone", self.name)
         self._tell()
+        # Ordering: those that still wait for the copy budget are no requests to the backing yet.
+        await fetches.ended()
         await backing.retire()
         return True
 
@@ -359,8 +366,9 @@ class Disk:
         """Change what happens to clusters that are not in the leaf, and remember it there if there is room."""
         self.mode = mode
         self._tell()
-        if not self.read_only and self._image.record.mode != mode.value:
-            await self._image.change_record(lambda record: replace(record, mode=mode.value))
+        if not self.read_only:
+            # Not `mode`, and not asked before: another change may be on its way there.
+            await self._image.change_record(lambda record: replace(record, mode=self.mode.value))
 
     async def release_hold(self, drop_pages: DropPages) -> None:
         """End the hold: from now on this is a disk like others. Does nothing if it is not held; after an error it still is.

@@ -71,7 +71,7 @@ class Budget:
             await entry[1].wait()
         except BaseException:
             if entry[1].is_set():
-                self.release(amount)
+                Budget.release(self, amount)
             else:
                 self._queue.remove(entry)
                 self._admit()
@@ -89,6 +89,26 @@ class Budget:
             self._queue.popleft()
             self._reserved += amount
             event.set()
+
+
+class Share(Budget):
+    """A part of the budget `whole`: what is reserved here is reserved there, too, and at most `capacity` of it."""
+
+    def __init__(self, capacity: int, whole: Budget) -> None:
+        super().__init__(capacity)
+        self._whole = whole
+
+    async def reserve(self, amount: int) -> None:
+        await super().reserve(amount)
+        try:
+            await self._whole.reserve(amount)
+        except BaseException:
+            super().release(amount)
+            raise
+
+    def release(self, amount: int) -> None:
+        super().release(amount)
+        self._whole.release(amount)
 
 
 class Fetches:
@@ -130,6 +150,11 @@ class Fetches:
         size = self._cluster_size
         missing = (c for c in range(pos // size, -(-end // size)) if c not in self._by_cluster)
         return sum(min(end, (cluster + 1) * size) - max(pos, cluster * size) for cluster in missing)
+
+    async def ended(self) -> None:
+        """Return when none is under way. The caller makes no new ones."""
+        while self._by_cluster:
+            await next(iter(self._by_cluster.values())).ended.wait()
 
     async def room(self, length: int) -> None:
         """Return when `length` bytes could be fetched for copying without waiting for earlier copies. Takes nothing."""

@@ -104,12 +104,14 @@ class Committer:
         began = trio.current_time()
         try:
             await self._storage.flush()
-            self.flushed_at = began
         except LeafError as error:
             self.failed = LeafFailed(
                 error.what, f"{error.why}; what was not flushed before may be lost, so no more is written"
             )
             raise self.failed from error
+        # Another one may have failed meanwhile: the kernel tells an error once, and it may have been about our pages.
+        self.check()
+        self.flushed_at = began
 
     def check(self) -> None:
         """Raise `LeafFailed` if a flush has ever failed."""

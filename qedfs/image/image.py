@@ -237,7 +237,7 @@ class Image(Lookup):
 
     async def counts(self) -> Counts:
         """Return how many clusters are data and how many are zero, once all tables have been seen."""
-        await self._surveyed.wait()
+        await self.survey()
         return self._counts
 
     def counts_nowait(self) -> Counts | None:
@@ -252,6 +252,8 @@ class Image(Lookup):
             # As for the header: no other change is undone, and a caller that is cancelled carries it to its end.
             with trio.CancelScope(shield=True):
                 record = change(self.record)
+                if record == self.record:
+                    return True
                 sector = records.encode(record)
                 if sector is None or not records.fits(self.header):
                     return False

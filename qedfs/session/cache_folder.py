@@ -10,7 +10,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import trio
 
@@ -49,8 +49,9 @@ class CacheFolder:
         return await trio.to_thread.run_sync(self._open, name, size)
 
     async def remove(self, name: str) -> None:
-        """Remove the file `name`, which the caller has locked."""
-        await trio.to_thread.run_sync(self._unlink, name)
+        """Remove the file `name`, which the caller has locked, unless somebody has."""
+        with suppress(FileNotFoundError):
+            await trio.to_thread.run_sync(self._unlink, name)
 
     def remove_passed(self) -> None:
         """Remove the caches of no more use that a killed process has left."""

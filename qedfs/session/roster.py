@@ -81,7 +81,8 @@ class Roster:
         try:
             await self._nursery.start(self._keep, served)
         except BaseException as error:
-            self._served.pop(name, None)
+            if self._served.get(name) is served:  # else it is another one's by now
+                del self._served[name]
             raise _plain(error) from None
         self._refused.pop(path, None)
 
@@ -137,8 +138,8 @@ class Roster:
                 raise
             # One leaf is lost; the others go on.
             self.failed = True
-            if not served.leaving.is_set():
-                served.leaving.set()
+            served.leaving.set()
+            if leaf in self.tree.leaves:
                 self.tree.remove(served.name)
             self._report(served, _plain(error))
         finally:

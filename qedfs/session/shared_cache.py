@@ -152,8 +152,10 @@ class SharedCaches:
                     await image.aclose()
                 else:
                     # Nobody will be able to say whether it still holds what the backing has by then.
-                    await self._folder.remove(name)
-                    await storage.aclose()
+                    try:
+                        await self._folder.remove(name)
+                    finally:
+                        await storage.aclose()
 
     async def _image(self, storage: FileStorage, cache: _Cache, identity: Identity) -> Image:
         """Return the image in `storage`: the one that is there if it is of this very content, else an empty one."""

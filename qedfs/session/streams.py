@@ -10,7 +10,7 @@ import trio
 
 from qedfs.config import MountOptions
 from qedfs.disk.disk import Disk
-from qedfs.disk.fetches import Budget
+from qedfs.disk.fetches import Budget, Share
 from qedfs.session.boot_profile import BootProfiles
 from qedfs.stream.flow import Flow
 from qedfs.stream.job import Job
@@ -30,6 +30,9 @@ class Streams:
         self._options = options
         self._nursery = nursery
         self._budget = Budget(IN_FLIGHT)
+        # A backing that does not answer keeps what it has until it does: so none may have it all.
+        self._most = min(IN_FLIGHT, max(IN_FLIGHT // 2, options.disk.window))
+        self._budgets: dict[str, Share] = {}
         self._profiles = BootProfiles(options.boot_profile)
         self._flows: dict[str, Flow] = {}
         self._machines: dict[tuple[str | None, frozenset[str]], Machine] = {}
@@ -40,7 +43,8 @@ class Streams:
         machine = await self._machine(status.st_dev, disk.host)
         backing = disk.statistics().backing
         flow = self._flows.setdefault(backing, Flow(self._options.disk.window))
-        job = Job(disk, self._options.stream, flow=flow, budget=self._budget, machine=machine)
+        budget = self._budgets.setdefault(backing, Share(self._most, self._budget))
+        job = Job(disk, self._options.stream, flow=flow, budget=budget, machine=machine)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(job.run)
             nursery.start_soon(self._profiles.attend, disk, leaf, job)

@@ -357,3 +357,28 @@ async def test_under_load_every_byte_is_of_after_the_release(seed: int, cluster_
     judged = judge(storage.content, b"")
     assert judged.data + judged.zero == clusters * C // cluster_size, "all of it is in the leaf"
     assert judged.content == expected
+
+
+async def test_a_release_does_not_wait_for_the_pause_after_an_earlier_failure(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    storage = await empty_image(4 * C, record=Record(hold=True))
+    source = FakeSource(pattern(4 * C))
+    away = True
+
+    async def opening() -> None:
+        await trio.lowlevel.checkpoint()
+        if away:
+            raise BackingUnavailable("fake", "come back later", retry_after=60)
+
+    async def nothing() -> None:
+        await trio.lowlevel.checkpoint()
+
+    source.opening = opening
+    async with memory_disk(storage, source) as rig, trio.open_nursery() as nursery:
+        nursery.start_soon(rig.disk.read, 0, C)
+        await trio.sleep(1)
+        away = False
+        began = trio.current_time()
+        await rig.disk.release_hold(nothing)
+        assert trio.current_time() - began < 1

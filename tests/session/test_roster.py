@@ -206,3 +206,77 @@ async def test_refusal_is_logged_only_when_it_is_news(
             roster.refuse("/a", reason)
     expected_warnings("a: never")
     assert [record.getMessage() for record in caplog.records] == ["a: no", "a: never"]
+
+
+@pytest.mark.parametrize("attempt", range(8))  # trio runs what is ready in any order
+async def test_the_end_of_a_refused_admission_does_not_take_the_name_of_the_next_one(
+    leaves: Leaves,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attempt: int,
+) -> None:
+    """Between the end of a leaf's task and the return to whoever asked for it another leaf may take the name."""
+
+    async def at_once(function: Any, *args: Any) -> Any:
+        return function(*args)
+
+    (tmp_path / "vm").touch()
+    (tmp_path / "vm.qed").touch()
+    leaves.refusals[str(tmp_path / "vm")] = InvalidImage("vm", "no")
+    async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
+        roster = Roster(TERMS, streams, nursery)
+        monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+
+        async def refused() -> None:
+            with pytest.raises(InvalidImage):
+                await roster.admit(str(tmp_path / "vm"))
+
+        async def next_one() -> None:
+            while "vm.raw" in roster._served:
+                await trio.lowlevel.checkpoint()
+            await roster.admit(str(tmp_path / "vm.qed"))
+
+        async with trio.open_nursery() as both:
+            both.start_soon(refused)
+            while "vm.raw" not in roster._served:
+                await trio.lowlevel.checkpoint()
+            both.start_soon(next_one)
+        assert [leaf.path for leaf in roster.tree.leaves] == [str(tmp_path / "vm.qed")]
+        served = dict(roster.served)
+        roster.release_all()
+        with trio.move_on_after(1):
+            await trio.testing.wait_all_tasks_blocked()
+        closed = list(leaves.closed)
+        nursery.cancel_scope.cancel()
+    assert list(served) == [str(tmp_path / "vm.qed")]
+    assert closed == [str(tmp_path / "vm.qed")], "else the mount never ends"
+
+
+async def test_a_leaf_that_is_removed_while_it_is_lost_loses_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected_warnings: Callable[[str], None]
+) -> None:
+    """Its disk may take long to close, and its file may go meanwhile."""
+    expected_warnings("a.qed: lost by an internal error")
+    path = str(tmp_path / "a.qed")
+    (tmp_path / "a.qed").touch()
+    leaves, closing = Leaves(), trio.Event()
+
+    @asynccontextmanager
+    async def admitted(path: str, terms: Terms) -> AsyncIterator[Any]:
+        try:
+            async with leaves.admitted(path, terms) as opened:
+                yield opened
+        finally:
+            with trio.CancelScope(shield=True):
+                await closing.wait()
+
+    monkeypatch.setattr(roster_module, "admitted", admitted)
+    async with open_streams(TERMS.options) as streams, trio.open_nursery() as nursery:
+        roster = Roster(TERMS, streams, nursery)
+        await roster.admit(path)
+        leaves.disks[path].broken.set()
+        await trio.testing.wait_all_tasks_blocked()
+        roster.forget(path)
+        closing.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [leaf.name for leaf in roster.tree.leaves] == []

@@ -490,3 +490,21 @@ async def test_file_that_is_not_ours_alone_is_not_used(place: Place, expected_wa
     async with place.mount() as mount:
         await read(await mount.leaf("b"), 0, MIB)
     assert place.store.bytes_read == 2 * MIB
+
+
+async def test_a_passing_cache_that_somebody_has_removed_is_closed_all_the_same(
+    place: Place,
+    expected_warnings: Any,
+) -> None:
+    place.store.source.identity = Identity(SIZE)
+    async with place.mount() as mount:
+        await read(await mount.leaf("a"))
+        (file,) = place.files()
+        file.unlink()
+        await mount.close_leaf("a")
+    held = [
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.lexists(f"/proc/self/fd/{fd}")
+    ]
+    assert not [path for path in held if path.startswith(str(place.caches))]
