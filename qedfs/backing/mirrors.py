@@ -107,6 +107,8 @@ class Mirrors:
         self._current: MirroredSource | None = None
         self._news = trio.Event()
         """A mirror is not connected."""
+        self._samples: list[bytearray] | None = None
+        """Of the content, once two mirrors have agreed about them: what connects later must have them, too."""
 
     async def open(self) -> MirroredSource:
         """Connect one mirror, the first that answers.
@@ -118,7 +120,7 @@ class Mirrors:
         failures: list[BackingUnavailable] = []
         for mirror in sorted(self._left(), key=lambda mirror: mirror.failures):
             try:
-                source = await self._connect(mirror, mirror.patience)
+                source = await self._proven(mirror)
             except BackingUnavailable as error:
                 self.failed(mirror, error)
                 failures.append(error)
@@ -208,12 +210,45 @@ class Mirrors:
             if any(other.refused is None for other in self._mirrors):
                 log.warning("%s; this mirror is left out", refusal)
 
+    async def _proven(self, mirror: _Mirror) -> Source:
+        """Connect `mirror`, and compare it with what is known of the content if nothing else tells that."""
+        source = await self._connect(mirror, mirror.patience)
+        if self._samples is not None and mirror.known == UNKNOWN:
+            try:
+                with trio.move_on_after(PROOF) as proof:
+                    self._compare(mirror, self._samples, await _samples(source, *_places(source.size)), "before")
+                if proof.cancelled_caught:
+                    raise BackingUnavailable(mirror.name, f"does not give some samples within {PROOF:g} seconds")
+            except BaseException:
+                await close(source)
+                raise
+        return source
+
+    async def agree(self, current: MirroredSource, mirror: _Mirror, source: Source) -> None:
+        """Compare samples of `source` with those of the content, which are those of `current` if none are known yet.
+
+        Raises:
+            BackingRefused: two differ.
+            BackingUnavailable: they cannot be had.
+        """
+        places = _places(current.size)
+        theirs = await _samples(source, *places)
+        ours = self._samples or await _samples(current, *places)
+        self._compare(mirror, ours, theirs, " and ".join(current.connected))
+        self._samples = ours
+
+    def _compare(self, mirror: _Mirror, ours: list[bytearray], theirs: list[bytearray], whose: str) -> None:
+        places, _ = _places(self._size or 0)
+        for pos, one, other in zip(places, ours, theirs, strict=True):
+            if one != other:
+                raise BackingRefused(mirror.name, f"holds other bytes than {whose} (near {pos})")
+
     async def _join(self, current: MirroredSource, mirror: _Mirror, patience: float) -> None:
         """Connect `mirror` and let it be read beside the others of `current`, if it proves to be of the same content."""
         source = await self._connect(mirror, patience)
         try:
             with trio.move_on_after(PROOF) as proof:
-                await current.compare(mirror, source)
+                await self.agree(current, mirror, source)
             if proof.cancelled_caught:
                 raise BackingUnavailable(mirror.name, f"does not give some samples within {PROOF:g} seconds")
             if not current.install(mirror, source):
@@ -247,12 +282,18 @@ class Mirrors:
             mirror.known = found
 
 
+class _Replaced(BackingUnavailable):
+    """A mirror of which nothing but the size is known has reconnected by itself: its answer may be of anything."""
+
+
 class _Line:
     """The connection to one mirror, if there is one, and what is asked over it."""
 
     def __init__(self, mirror: _Mirror) -> None:
         self.mirror = mirror
         self.source: Source | None = None
+        self.epoch: object = None
+        """Of `source`, when it had been compared."""
         self.asked: dict[tuple[int, int], float] = {}
         """Ranges that are being read, and since when."""
         self.patience: set[trio.CancelScope] = set()
@@ -318,7 +359,7 @@ class MirroredSource(Source):
         line = next(line for line in self._lines if line.mirror is mirror)
         assert line.source is None, "one connects what is missing"
         if not self._closed:
-            line.source = source
+            line.source, line.epoch = source, source.epoch
         return not self._closed
 
     async def read_into(self, pos: int, buffer: memoryview) -> None:
@@ -330,20 +371,6 @@ class MirroredSource(Source):
 
     async def extents(self, pos: int, length: int) -> list[Extent]:
         return await self._ask((pos, length), lambda source: source.extents(pos, length))
-
-    async def compare(self, mirror: _Mirror, source: Source) -> None:
-        """Compare samples of `source` with what is read here.
-
-        Raises:
-            BackingRefused: two differ.
-            BackingUnavailable: they cannot be had.
-        """
-        length = min(SAMPLE, self.size)
-        places = sorted({(self.size - length) * number // (SAMPLES - 1) for number in range(SAMPLES)})
-        theirs = await _samples(source, places, length)
-        for pos, one, other in zip(places, await _samples(self, places, length), theirs, strict=True):
-            if one != other:
-                raise BackingRefused(mirror.name, f"holds other bytes than {' and '.join(self.connected)} (near {pos})")
 
     async def aclose(self) -> None:
         self._closed = True
@@ -366,6 +393,10 @@ class MirroredSource(Source):
                 return await self._asked(line, source, place, request, alone=alone)
             except CorruptEntry as failure:
                 error = failure  # of these bytes; another copy may be whole
+            except _Replaced as failure:
+                error = failure
+                if await self._drop(line, source):
+                    self._mirrors.failed(line.mirror, failure)
             except BackingUnavailable as failure:
                 error = failure
                 # Of the last one it is not known whether only these bytes fail: then others still need it.
@@ -395,6 +426,8 @@ class MirroredSource(Source):
                 line.patience.add(patience)
             try:
                 answer = await request(source)
+                if source.epoch != line.epoch and line.mirror.known == UNKNOWN:
+                    raise _Replaced(line.mirror.name, "was away, and has to show what it holds now")
                 line.answered()
                 self._judge(line, place, now)
                 return answer
@@ -425,6 +458,12 @@ class MirroredSource(Source):
         self._epoch += 1
         await close(source)
         return True
+
+
+def _places(size: int) -> tuple[list[int], int]:
+    """Return where the samples of a disk of `size` bytes are, and the length of each."""
+    length = min(SAMPLE, size)
+    return sorted({(size - length) * number // (SAMPLES - 1) for number in range(SAMPLES)}), length
 
 
 async def _samples(source: Source, places: list[int], length: int) -> list[bytearray]:

@@ -111,6 +111,12 @@ class NbdSource(Source):
         self.may_straggle = connections > 1
         self._changed: str | None = None
         self._closed = False
+        self._epoch = 0
+        """Counts connections after lost ones: behind them may be another content of this size."""
+
+    @property
+    def epoch(self) -> object:
+        return self._epoch
 
     @property
     def connections(self) -> int:
@@ -233,6 +239,11 @@ class NbdSource(Source):
                 connection.close()
                 self._changed = f"has now {connection.agreement.size} bytes, had {self.size}"
                 self._check()
+            for other in self._lines:
+                if other.connection is not None:
+                    other.connection.look()
+            if line.connection is not None or not self.connections:
+                self._epoch += 1
             line.connection = connection
             return connection
 

@@ -65,7 +65,7 @@ class Disk:
         self._fetches = Fetches(backing, self.cluster_size, nursery, self._copies.copy) if backing else None
         self._populate = Populate(image, backing, self._fetches, self._copies) if backing and self._fetches else None
         self.misses = Misses(trio.current_time)
-        self._writes = Writes(image, self._claims, self.misses, backing, self._fetches)
+        self._writes = Writes(image, self._claims, self.misses, backing, self._fetches, options.write_timeout)
         self._retired: Backing | None = None
         """The backing of the time before the image stood alone, for what was read from it."""
         self._news = trio.Event()
@@ -147,6 +147,7 @@ class Disk:
             ReadOnly, Held: it may not be written.
             LeafFull, LeafError, LeafFailed: the leaf does not take it.
             BackingRefused: what is needed around the data cannot be had for good.
+            BackingUnavailable: it did not come for `write_timeout`.
         """
         self._check_writable()
         end = pos + len(data)

@@ -21,6 +21,7 @@ hold decrypted bytes that make no socket readable: these are received first.
 
 from __future__ import annotations
 
+import select
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -180,6 +181,15 @@ class Connection:
         request = self._submit(*self._machine.block_status(pos, length))
         await self._answers([request])
         return request.extents
+
+    def look(self) -> None:
+        """Take note if the server has hung up, though nobody has waited for it since."""
+        if self._failure is not None:
+            return
+        hung_up = select.poll()
+        hung_up.register(self._socket.fileno(), select.POLLRDHUP)
+        if hung_up.poll(0):
+            self.close(NbdDisconnected(SERVER, "closed the connection"))
 
     async def leave(self) -> None:
         """End the connection, with patience for what a server that answers has been asked already.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -230,3 +230,63 @@ def test_the_pin_of_a_leaf_that_knew_only_one_is_completed(webs: list[ScriptedWe
         read_at(mnt / "leaf.raw", 0)
     assert "-" not in qedfs_json("info", leaf)["backing-pin"]["tag"]
     assert qedfs_json("info", leaf)["backing-pin"]["tag"].startswith(known[:-1])
+
+
+@contextmanager
+def exported(content: bytes, port: int, folder: Path) -> Iterator[None]:
+    """Have nbdkit serve `content` on a port, of which nothing can be told but the size; killed at the end."""
+    file, ready = folder / f"{port}.raw", folder / f"{port}.pid"
+    file.write_bytes(content)
+    ready.unlink(missing_ok=True)
+    command = [
+        "nbdkit",
+        "--foreground",
+        "--readonly",
+        "-i",
+        "127.0.0.1",
+        "-p",
+        str(port),
+        "-P",
+        str(ready),
+        "file",
+        str(file),
+    ]
+    with subprocess.Popen(command) as server:
+        try:
+            eventually(ready.exists)
+            yield
+        finally:
+            server.kill()
+
+
+def test_a_mirror_that_comes_back_with_other_content_is_not_read_though_it_is_the_only_one(tmp_path: Path) -> None:
+    """Its NBD source connects anew by itself, and when it is needed nobody is there to compare it with."""
+    ports = [free_port(), free_port()]
+    other = random_bytes(len(CONTENT), 2)
+    leaf, log = tmp_path / "leaf.qed", tmp_path / "mnt.log"
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(exported(CONTENT, ports[0], tmp_path))
+        second.enter_context(exported(CONTENT, ports[1], tmp_path))
+        name = "mirrors:" + "|".join(f"nbd://127.0.0.1:{port}/" for port in ports)
+        qedfs("create", "-b", name, leaf)
+        with mounted(leaf, tmp_path / "mnt", f"{OPTIONS},backing_timeout=3") as mnt:
+            read_at(mnt / "leaf.raw", 0)
+            eventually(lambda: "stands by" in log.read_text())
+            second.close()
+            with exported(other, ports[1], tmp_path):
+                first.close()
+                with pytest.raises(OSError, match="Input/output error"):
+                    read_at(mnt / "leaf.raw", 131_072)
+                assert "holds other bytes than before" in log.read_text()
+                with exported(CONTENT, ports[0], tmp_path):
+                    eventually(lambda: readable(mnt))
+                    read_at(mnt / "leaf.raw", 131_072)
+    assert log.read_text().count("left out") == 1
+
+
+def readable(mnt: Path) -> bool:
+    try:
+        read_at(mnt / "leaf.raw", 262_144)
+    except OSError:
+        return False
+    return True

@@ -11,6 +11,7 @@ import trio.testing
 
 from qedfs.config import Mode
 from qedfs.errors import BackingUnavailable, CorruptEntry, LeafError, LeafFailed, LeafFull
+from qedfs.image.geometry import Geometry
 from qedfs.image.tables import State
 from tests.model.fake_source import FakeSource
 from tests.model.memory_disk import SMALL, empty_image, memory_disk, pattern, settled
@@ -368,6 +369,26 @@ async def test_a_read_gives_up_an_unreachable_backing_in_time_and_a_write_waits_
             assert bytes(await rig.disk.read(7 * C, C)) == pattern(C, 7), "local clusters stay readable"
             source.error = None
         assert bytes(await rig.disk.read(5 * C, 3)) == BASE[5 * C : 5 * C + 1] + b"x" + BASE[5 * C + 2 : 5 * C + 3]
+
+
+@pytest.mark.parametrize("geometry", [SMALL, Geometry(4 << 20, 1)])
+async def test_a_write_gives_up_an_unreachable_backing_if_it_was_told_to(
+    geometry: Geometry, autojump_clock: trio.testing.MockClock, expected_warnings: Expect
+) -> None:
+    expected_warnings("unreachable for 8 s, given up for this write")
+    size = geometry.cluster_size
+    base = pattern(2 * size)
+    source = FakeSource(base)
+    source.error = BackingUnavailable("fake", "no route")
+    async with memory_disk(await empty_image(2 * size, geometry=geometry), source, write_timeout=8) as rig:
+        began = trio.current_time()
+        with pytest.raises(BackingUnavailable, match="given up for this write"):
+            await rig.disk.write(5, b"x")
+        assert trio.current_time() - began == pytest.approx(8)
+        await rig.disk.write(size, pattern(size, 1))  # needs nothing of it
+        source.error = None
+        await rig.disk.write(7, b"y")
+        assert bytes(await rig.disk.read(0, 16)) == base[:7] + b"y" + base[8:16]
 
 
 async def test_the_kernel_that_asks_for_a_page_of_what_was_given_up_need_not_wait_again(

@@ -59,13 +59,14 @@ async def memory_disk(
     mode: Mode = Mode.COR,
     readahead: int = 0,
     backing_timeout: float | None = 60.0,
+    write_timeout: float | None = None,
     close: bool = True,
 ) -> AsyncIterator[MemoryDisk]:
     """Serve the image in `storage` over `base`; at the end close it well, unless `close` is False (a crash)."""
     source = base if isinstance(base, FakeSource) else FakeSource(base)
     image = await open_image(storage)
     backing = source.backing(changing=image.record.hold) if image.backing_name else None
-    options = DiskOptions(mode=mode, readahead=readahead, backing_timeout=backing_timeout)
+    options = DiskOptions(mode=mode, readahead=readahead, backing_timeout=backing_timeout, write_timeout=write_timeout)
     async with open_disk(image, backing, options) as disk:
         yield MemoryDisk(storage, image, source, disk)
     if close:
