@@ -107,7 +107,7 @@ def opened(name: str, answer: Answer) -> Content:
     elif said.size is None:
         raise BackingRefused(name, "the server does not tell the length of the file")
     elif said.start != 0:
-        raise BackingRefused(name, f"the server sends from byte {said.start} on where byte 0 was asked for")
+        raise BackingUnavailable(name, f"the server sends from byte {said.start} on where byte 0 was asked for")
     else:
         size = said.size
     return Content(Identity(size, tag_of(headers)), _conditions(headers))

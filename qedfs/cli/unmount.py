@@ -39,9 +39,14 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         raise MountError(mountpoint, "is not a qedfs mount")
     # Ordering: the server is found while it is certainly there; afterwards its pid may be another's.
     server = _open_server(mountpoint)
-    # Ordering: while there is somebody to answer. What the kernel writes back as it unmounts can fail without a word.
-    lost = [] if lazy else _flush(mountpoint)
+    lost: list[str] = []
     try:
+        if not lazy:
+            # Ordering: before the flush, which would wait behind a write that waits for its backing.
+            if find_holders(mountpoint):
+                raise MountError(mountpoint, f"is in use by {_holders(mountpoint)}")
+            # Ordering: while there is somebody to answer. What the kernel writes back as it unmounts can fail silently.
+            lost = _flush(mountpoint)
         if not unmount_sync(mountpoint, lazy=lazy):
             raise MountError(mountpoint, f"is in use by {_holders(mountpoint)}")
         if server is not None and not lazy:

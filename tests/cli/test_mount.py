@@ -20,6 +20,7 @@ import pytest
 
 import qedfs
 from contrib.boot.server import listens
+from qedfs.fuse.busy import find_holders
 from tests.namespaces import FORGET_MOUNTS
 
 QEDFS = (sys.executable, "-m", "qedfs")
@@ -398,6 +399,20 @@ def test_mounted_leaf_is_refused_by_qemu_and_by_a_second_mount(place: Place) -> 
     done = place.try_mount(leaf, mountpoint=other)
     assert (done.returncode, done.stderr) == (1, f"qedfs: {leaf}: somebody else has it open for writing\n")
     place.unmount()
+
+
+def test_unmount_says_at_once_who_waits_for_an_unreachable_backing(place: Place) -> None:
+    socket = place.folder / "socket"
+    with nbd_server(place.base, socket) as backing:
+        leaf = place.leaf("vm.qed", backing)
+        pid = place.mount("-o", "direct_io=on", leaf)
+    write = ["dd", "if=/dev/zero", f"of={place.mnt}/vm.raw", "bs=512", "count=1", "oflag=direct", "conv=notrunc"]
+    with subprocess.Popen(write, stderr=subprocess.DEVNULL) as writer:
+        eventually(lambda: bool(find_holders(str(place.mnt))))
+        done = run(*QEDFS, "unmount", place.mnt)
+        os.kill(pid, signal.SIGKILL)
+    assert (done.returncode, done.stderr) == (1, f"qedfs: {place.mnt}: is in use by dd (pid {writer.pid})\n")
+    run("umount", "-l", place.mnt)
 
 
 def test_leaf_that_qemu_has_open_is_refused(place: Place) -> None:
