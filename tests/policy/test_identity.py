@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from contrib.boot.server import free_port
-from qedfs.backing.base import Identity
+from qedfs.backing.base import Identity, Source
 from qedfs.backing.file import open_file
 from qedfs.backing.resilient import Backing
 from qedfs.config import DiskOptions, Mode, MountOptions
@@ -285,15 +286,25 @@ async def test_a_leaf_served_for_writing_is_no_backing_of_another(tmp_path: Path
 
 async def test_a_lock_that_goes_away_heals_unless_the_content_has_changed(tmp_path: Path, base: Path) -> None:
     expected = Identity(len(CONTENT), f"mtime:{base.stat().st_mtime_ns}")
-    backing = Backing(lambda: open_file(str(base)), name="base", expected=expected, jitter=lambda: 0.0)
+    failed = trio.Event()
+
+    async def opened() -> Source:
+        try:
+            return await open_file(str(base))
+        except BackingUnavailable:
+            failed.set()
+            raise
+
+    backing = Backing(opened, name="base", expected=expected, jitter=lambda: 0.0)
     buffer = bytearray(CLUSTER)
     with base.open("r+b") as writer:
         lock_for_writing(writer.fileno(), "writer")
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(backing.read_into, 0, memoryview(buffer))
-                while "open for writing" not in backing.statistics().last_error:  # noqa: ASYNC110 (no event tells it)
-                    await trio.sleep(0.01)
+                await failed.wait()
+                await trio.testing.wait_all_tasks_blocked()
+                assert "open for writing" in backing.statistics().last_error
                 nursery.cancel_scope.cancel()
     with trio.fail_after(10):
         await backing.read_into(0, memoryview(buffer))
