@@ -18,7 +18,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import trio
@@ -214,17 +215,23 @@ class Mirrors:
         """Connect `mirror`, and compare it with what is known of the content if nothing else tells that."""
         source = await self._connect(mirror, mirror.patience)
         if self._samples is not None and mirror.known == UNKNOWN:
-            try:
-                with trio.move_on_after(PROOF) as proof:
-                    self._compare(mirror, self._samples, await _samples(source, *_places(source.size)), "before")
-                if proof.cancelled_caught:
-                    raise BackingUnavailable(mirror.name, f"does not give some samples within {PROOF:g} seconds")
-            except BaseException:
-                await close(source)
-                raise
+            async with self._on_trial(mirror, source):
+                self._compare(mirror, self._samples, await _samples(source, *_places(source.size)), "before")
         return source
 
-    async def agree(self, current: MirroredSource, mirror: _Mirror, source: Source) -> None:
+    @asynccontextmanager
+    async def _on_trial(self, mirror: _Mirror, source: Source) -> AsyncIterator[None]:
+        """Close `source`, which was connected to `mirror`, if what is done within fails or takes longer than `PROOF`."""
+        try:
+            with trio.move_on_after(PROOF) as proof:
+                yield
+            if proof.cancelled_caught:
+                raise BackingUnavailable(mirror.name, f"does not give some samples within {PROOF:g} seconds")
+        except BaseException:
+            await close(source)
+            raise
+
+    async def _agree(self, current: MirroredSource, mirror: _Mirror, source: Source) -> None:
         """Compare samples of `source` with those of the content, which are those of `current` if none are known yet.
 
         Raises:
@@ -246,16 +253,10 @@ class Mirrors:
     async def _join(self, current: MirroredSource, mirror: _Mirror, patience: float) -> None:
         """Connect `mirror` and let it be read beside the others of `current`, if it proves to be of the same content."""
         source = await self._connect(mirror, patience)
-        try:
-            with trio.move_on_after(PROOF) as proof:
-                await self.agree(current, mirror, source)
-            if proof.cancelled_caught:
-                raise BackingUnavailable(mirror.name, f"does not give some samples within {PROOF:g} seconds")
-            if not current.install(mirror, source):
-                await close(source)
-        except BaseException:
+        async with self._on_trial(mirror, source):
+            await self._agree(current, mirror, source)
+        if not current.install(mirror, source):
             await close(source)
-            raise
 
     async def _connect(self, mirror: _Mirror, patience: float) -> Source:
         with trio.move_on_after(patience):
