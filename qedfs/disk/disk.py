@@ -24,8 +24,8 @@ from qedfs.disk.fetches import MAX_FETCH, Fetches
 from qedfs.disk.hold import DropPages, release
 from qedfs.disk.misses import Misses
 from qedfs.disk.populate import Populate
-from qedfs.disk.reads import Reads, timed_out
-from qedfs.disk.telling import DiskStatistics, Errors
+from qedfs.disk.reads import Reads
+from qedfs.disk.telling import DiskStatistics, Errors, timed_out
 from qedfs.disk.upkeep import commit_by_age
 from qedfs.disk.writes import Writes
 from qedfs.errors import BackingUnavailable, Held, LeafError, QedfsError, ReadOnly, UsageError
@@ -327,7 +327,7 @@ class Disk:
                     async with self._claims.hold(cluster, cluster + 1):
                         pass
             if patience.cancelled_caught:
-                raise timed_out(self._backing, self._options)
+                raise timed_out(self._backing, self._options.backing_timeout)
             return self.size - pos if self._populate is None else await self._populate.local_bytes(pos)
         except QedfsError as error:
             self.note(error)

@@ -13,6 +13,7 @@ from qedfs.disk.copies import Copies
 from qedfs.disk.fetches import MAX_FETCH, Fetch, Fetches
 from qedfs.disk.misses import Misses
 from qedfs.disk.readahead import Readahead
+from qedfs.disk.telling import timed_out
 from qedfs.errors import BackingUnavailable, CorruptEntry, first_of
 from qedfs.image.image import Image
 from qedfs.image.tables import Run, State
@@ -115,14 +116,14 @@ class Reads:
         if self._backing is None:
             return await self._read_alone(run)
         if self._given_up.has(run.pos, run.length):
-            raise timed_out(self._backing, self._options)
+            raise timed_out(self._backing, self._options.backing_timeout)
         with trio.move_on_after(self._options.backing_timeout or float("inf")):
             # Asked once: mode and hold may change, and a rest may end, while the bytes are on their way.
             copied = copying()
             if copied and self._cluster_size <= MAX_FETCH:
                 return await self._read_fetched(run, self._fetches)
             return await self._read_through(run, self._backing, copied=copied)
-        raise timed_out(self._backing, self._options)
+        raise timed_out(self._backing, self._options.backing_timeout)
 
     async def _read_alone(self, run: Run) -> Data:
         """Read what was missing when it was looked up, now that there is no backing: what is missing now is zeros."""
@@ -176,10 +177,3 @@ class Reads:
             if run.state is State.BACKING and not fetches.widen(start, run_end, size):
                 return
             start = run_end
-
-
-def timed_out(backing: Backing | None, options: DiskOptions) -> BackingUnavailable:
-    """Return what a request is told that has waited for `backing` as long as it may."""
-    name = backing.name if backing else "backing"
-    why = (backing.statistics().last_error if backing else "") or "no answer"
-    return BackingUnavailable(name, f"unreachable for {options.backing_timeout:g} s, given up for this read ({why})")

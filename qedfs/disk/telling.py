@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import trio
 
+from qedfs.backing.resilient import Backing
 from qedfs.config import Mode
-from qedfs.errors import QedfsError
+from qedfs.errors import BackingUnavailable, QedfsError
 from qedfs.image.tables import Counts
 
 LOG_PAUSE = 60.0
@@ -76,3 +77,10 @@ class Errors:
         candidates = [(self._time, str(self._newest or "")), *others]
         at, text = max((c for c in candidates if c[1]), default=(0.0, ""))
         return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(at))} {text}" if text else ""
+
+
+def timed_out(backing: Backing | None, seconds: float | None, *, request: str = "read") -> BackingUnavailable:
+    """Return what a request is told that has waited for `backing` for `seconds`, which is as long as it may."""
+    name = backing.name if backing else "backing"
+    why = (backing.statistics().last_error if backing else "") or "no answer"
+    return BackingUnavailable(name, f"unreachable for {seconds or 0:g} s, given up for this {request} ({why})")

@@ -13,7 +13,7 @@ from qedfs.disk.claims import Claims
 from qedfs.disk.fetches import MAX_FETCH, Fetches
 from qedfs.disk.misses import Misses
 from qedfs.disk.plan import Kind, Part, cut
-from qedfs.errors import BackingUnavailable
+from qedfs.disk.telling import timed_out
 from qedfs.image.geometry import SECTOR
 from qedfs.image.image import Image
 from qedfs.image.tables import State
@@ -125,10 +125,7 @@ class Writes:
         with trio.move_on_at(deadline) as patience, self._misses.wait(pos, length):
             yield
         if patience.cancelled_caught:
-            backing = self._backing
-            why = (backing.statistics().last_error if backing else "") or "no answer"
-            name = backing.name if backing else "backing"
-            raise BackingUnavailable(name, f"unreachable for {self._timeout:g} s, given up for this write ({why})")
+            raise timed_out(self._backing, self._timeout, request="write")
 
     async def _link_new(self, first: int, end: int, data: memoryview) -> None:
         """Write `data`, the clusters `[first, end)` (the last may be cut short), to a new extent and link it."""

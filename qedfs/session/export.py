@@ -23,7 +23,7 @@ import trio
 from qedfs.backing.file import FileSource
 from qedfs.backing.resilient import Backing
 from qedfs.config import DiskOptions, MountOptions
-from qedfs.disk.reads import timed_out
+from qedfs.disk.telling import timed_out
 from qedfs.errors import Held, NotMounted, UsageError, first_of
 from qedfs.image.image import Image, open_image
 from qedfs.image.storage import FileStorage, open_storage
@@ -290,4 +290,4 @@ async def _waited(backing: Backing, request: Callable[[], Awaitable[T]]) -> T:
     options = DiskOptions()
     with trio.move_on_after(options.backing_timeout or float("inf")):
         return await request()
-    raise timed_out(backing, options)
+    raise timed_out(backing, options.backing_timeout)
